@@ -1,0 +1,60 @@
+"""Errors for users: what was wrong, what was expected, what came, where, and how to mend it."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "InputTypeError", "UnsupportedModelError"]
+
+
+def _message(
+    what: str, expected: str | None, got: object | None, index: object | None, fix: str | None
+) -> str:
+    parts = [what]
+    if expected is not None:
+        parts.append(f"expected {expected}")
+    if got is not None:
+        parts.append(f"got {got}")
+    if index is not None:
+        parts.append(f"first at index {index}")
+    text = "; ".join(parts)
+    return f"{text}. {fix}" if fix else f"{text}."
+
+
+class InputError(ValueError):
+    """A value the caller passed cannot be used."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        got: object | None = None,
+        index: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(_message(what, expected, got, index, fix))
+
+
+class InputTypeError(TypeError):
+    """An argument is of the wrong kind altogether."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        got: object | None = None,
+        index: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(_message(what, expected, got, index, fix))
+
+
+class UnsupportedModelError(InputError):
+    """A named engine cannot serve this model; the message lists every reason."""
+
+    def __init__(self, engine: str, reasons: list[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(
+            f"engine={engine!r} cannot serve this model: " + "; ".join(reasons),
+            fix='Use engine="auto" to fall back to autograd.',
+        )

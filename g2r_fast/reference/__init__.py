@@ -1,0 +1,43 @@
+"""The slow truth: every formula in plain float64 PyTorch, for tests and for users who doubt."""
+
+from __future__ import annotations
+
+from g2r_fast.reference.advantages import mean_attribution, token_advantages
+from g2r_fast.reference.compare import relative_error
+from g2r_fast.reference.decoder import ReferenceDecoder
+from g2r_fast.reference.grad2reward import (
+    ResponseReward,
+    aggregate_rewards,
+    argmax_verdict,
+    attribution,
+    input_gradients,
+    objective_cotangent,
+    objective_value,
+    outcome_rewards,
+    pullback,
+    response_reward,
+    response_score,
+    token_scores,
+)
+from g2r_fast.reference.oracles import central_differences, forward_mode_scores
+
+__all__ = [
+    "ReferenceDecoder",
+    "ResponseReward",
+    "aggregate_rewards",
+    "argmax_verdict",
+    "attribution",
+    "central_differences",
+    "forward_mode_scores",
+    "input_gradients",
+    "mean_attribution",
+    "objective_cotangent",
+    "objective_value",
+    "outcome_rewards",
+    "pullback",
+    "relative_error",
+    "response_reward",
+    "response_score",
+    "token_advantages",
+    "token_scores",
+]
