@@ -1,0 +1,200 @@
+"""The autograd engine: any causal LM, one sequence at a time, through its own forward.
+
+Same answers as the packed engine, slower. Sequences that share everything before their first
+attributed token share one key-value cache of it, where the model allows that.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plan import PackedSequence, Read
+from .signal import LeafRows, Signal
+
+__all__ = ["AutogradEngine", "EngineRun", "Progress"]
+
+logger = logging.getLogger("g2r_fast")
+
+Progress = Callable[[int], None]
+
+# float16 has no room below 6e-8 for the gradients of a long sequence.
+_COTANGENT_SCALE = {torch.float16: 1024.0}
+
+
+@dataclass
+class EngineRun:
+    """What an engine did."""
+
+    rows_forward: int = 0
+    rows_backward: int = 0
+    rows_unshared: int = 0
+    micro_batches: int = 0
+
+
+class AutogradEngine:
+    """Plain `torch.autograd.grad` through a stock Hugging Face model."""
+
+    name = "autograd"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        # Unknown until the first shared prefix, where both ways are compared.
+        self._cache_works: bool | None = None if "past_key_values" in parameters else False
+
+    def run(
+        self,
+        sequences: Sequence[PackedSequence],
+        signal: Signal,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> EngineRun:
+        """One sequence after the other; `max_tokens` has nothing to cut and is not used."""
+        done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
+        for prefix, members in _by_prefix(sequences):
+            cache = None
+            if len(members) > 1 and prefix and self._cache_works is not False:
+                cache = self._prefix_cache(prefix)
+                done.rows_forward += len(prefix)
+            for index in members:
+                if cache is not None and self._cache_works is None:
+                    self._cache_works = self._agrees(sequences[index], prefix, cache)
+                    cache = cache if self._cache_works else None
+                forward, backward = self._one(index, sequences[index], signal, cache)
+                done.rows_forward += forward
+                done.rows_backward += backward
+                done.micro_batches += 1
+                if progress is not None:
+                    progress(1)
+        return done
+
+    def _one(
+        self, index: int, sequence: PackedSequence, signal: Signal, cache: Any
+    ) -> tuple[int, int]:
+        """Forward and, if the signal wants it, backward; the rows of both."""
+        start, length = sequence.backward_start, len(sequence.input_ids)
+        offset = start if cache is not None else 0  # position of the first row computed
+        reads = [Read(index, p, 0, p) for p in sequence.reads]
+        rows = LeafRows((index,), start, length)
+        ids = torch.tensor(sequence.input_ids[offset:], device=self._device)
+        with torch.enable_grad(), self._linears_read(signal, rows):
+            embeds = self.model.get_input_embeddings()(ids).detach()
+            live = embeds[start - offset :].requires_grad_(True)
+            first = min(sequence.reads)
+            output = self._forward(
+                torch.cat([embeds[: start - offset].detach(), live]),
+                cache,
+                keep=length - first,
+                output_hidden_states=signal.leaf > 0,
+            )
+            logits = output.logits[0]
+            shift = length - len(logits)
+            logits = logits[torch.tensor([p - shift for p in sequence.reads])]
+            leaf = live
+            if signal.leaf > 0:
+                leaf = output.hidden_states[signal.leaf]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            cotangents = signal.cotangents(logits.detach().to(wide), reads)
+            if cotangents is None or not len(cotangents.reads) or start == length:
+                return len(ids), 0
+            chosen = logits[torch.as_tensor(list(cotangents.reads), device=logits.device)]
+            scale = _COTANGENT_SCALE.get(logits.dtype, 1.0)
+            (grads,) = torch.autograd.grad(
+                chosen, leaf, (cotangents.values * scale).to(logits.dtype)
+            )
+        if signal.leaf > 0:
+            leaf, grads = leaf[0, start - offset :], grads[0, start - offset :]
+        grads = grads.to(wide) / scale
+        signal.on_leaf(rows, leaf.detach().to(wide), grads[:, None])
+        return len(ids), length - start
+
+    def _forward(self, embeds: Tensor, cache: Any, keep: int, **kwargs: Any) -> Any:
+        if self._keeps_logits:
+            kwargs["logits_to_keep"] = keep
+        if cache is not None:
+            # A copy: attention appends to the cache, and the next sequence needs it as it was.
+            kwargs["past_key_values"] = copy.deepcopy(cache)
+        return self.model(inputs_embeds=embeds[None], use_cache=cache is not None, **kwargs)
+
+    @torch.no_grad()
+    def _prefix_cache(self, prefix: tuple[int, ...]) -> Any:
+        ids = torch.tensor([prefix], device=self._device)
+        kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
+        return getattr(self.model(input_ids=ids, use_cache=True, **kwargs), "past_key_values", None)
+
+    @torch.no_grad()
+    def _agrees(self, sequence: PackedSequence, prefix: tuple[int, ...], cache: Any) -> bool:
+        """Whether this model's cache gives the logits that the whole sequence gives."""
+        embed = self.model.get_input_embeddings()
+        ids = torch.tensor(sequence.input_ids, device=self._device)
+        whole = self._forward(embed(ids), None, keep=1).logits[0, -1].double()
+        try:
+            rest = self._forward(embed(ids[len(prefix) :]), cache, keep=1).logits[0, -1].double()
+        except Exception as error:  # whatever a model raises here, the slow way still works
+            logger.info("autograd engine: the model's cache cannot be reused: %s", error)
+            return False
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        agrees = bool((whole - rest).norm() <= tolerance * whole.norm())
+        if not agrees:
+            logger.info("autograd engine: the model's cache changes its logits; not reused")
+        return agrees
+
+    @contextmanager
+    def _linears_read(self, signal: Signal, rows: LeafRows) -> Iterator[None]:
+        """Show a signal that asks for it every linear layer's inputs and output gradients."""
+        handles = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                first = rows.stop - output.shape[1]  # the position of its first row
+                skip = max(0, rows.start - first)
+                seen = inputs[0][0, skip:].detach()
+                where = LeafRows(rows.lanes, first + skip, rows.stop)
+                if output.requires_grad:
+                    output.register_hook(
+                        lambda grad: signal.on_linear(name, seen, grad[0, skip:, None], where)
+                    )
+
+            return hook
+
+        if signal.reads_linears:
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.Linear):
+                    handles.append(module.register_forward_hook(watch(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+
+def _by_prefix(
+    sequences: Sequence[PackedSequence],
+) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Sequences by what lies before their first attributed token.
+
+    A prefix must leave every read behind it, so a sequence that reads inside it goes alone.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        start = sequence.backward_start
+        if start == 0 or start == len(sequence.input_ids) or min(sequence.reads) < start:
+            yield (), [index]
+        else:
+            groups.setdefault(tuple(sequence.input_ids[:start]), []).append(index)
+    yield from groups.items()

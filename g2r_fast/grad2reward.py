@@ -1,0 +1,276 @@
+"""Grad2Reward (arXiv 2602.01791) as a signal: verdicts from logits, scores from gradients.
+
+The scalar is an objective of the verdict, one per judgement that comes out True; the backward
+stops at the input embeddings of the response; the read-out is one number per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .plan import Read
+from .signal import Cotangents, LeafRows
+
+__all__ = [
+    "OBJECTIVES",
+    "READOUTS",
+    "AttributionConfig",
+    "EmbeddingScores",
+    "VerdictSignal",
+    "attribution",
+    "objective_cotangents",
+]
+
+OBJECTIVES = ("logp", "logp_two_way", "logodds")
+READOUTS = ("dot", "l1", "l2", "uniform")
+
+
+@dataclass(frozen=True)
+class AttributionConfig:
+    """How a verdict becomes one weight per token.
+
+    tau: temperature of the softmax over the response's tokens (Eq. 4); a positive number,
+        `"auto"` (scores divided by their own standard deviation first) or `("auto", number)`.
+    objective: the scalar that is differentiated. `"logp"`, log p(verdict) over the full vocabulary
+        (Eq. 2); `"logp_two_way"`, the same over the two verdict words; `"logodds"`, their logit
+        difference, which does not fade where the judge is sure.
+    readout: what is read at an embedding e with gradient g. `"dot"`, g . e (Eq. 3); `"l1"` and
+        `"l2"`, the norms of g (Eqs. 11, 12); `"uniform"`, no gradient: every token alike.
+
+    Raises InputError for unknown names and a tau that is not positive and finite.
+    """
+
+    tau: float | str | tuple[str, float] = 1.0
+    objective: str = "logp"
+    readout: str = "dot"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("readout", self.readout, READOUTS),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"unknown {name}", expected=" | ".join(map(repr, known)), got=repr(value)
+                )
+        temperature = self.temperature
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, (int, float))
+            or not 0.0 < temperature < math.inf
+        ):
+            raise InputError(
+                "tau cannot be used",
+                expected='a positive number, "auto" or ("auto", number)',
+                got=repr(self.tau),
+            )
+
+    @property
+    def standardise(self) -> bool:
+        return self.tau == "auto" or (isinstance(self.tau, tuple) and self.tau[:1] == ("auto",))
+
+    @property
+    def temperature(self) -> float:
+        if self.tau == "auto":
+            return 1.0
+        if self.standardise and isinstance(self.tau, tuple) and len(self.tau) == 2:
+            return self.tau[1]
+        return self.tau  # type: ignore[return-value]  # __post_init__ refuses what is no number
+
+
+def objective_cotangents(
+    logits: Tensor, target: Tensor, other: Tensor | None, objective: str
+) -> tuple[Tensor, Tensor]:
+    """`d objective / d logits` as unit-scale rows and their scale: `(values [n, V], scale [n])`.
+
+    The gradient is `scale[:, None] * values`. For `"logp"`, `values` is `onehot(z) - q` with q the
+    distribution over the other words and `scale` is `sum of p_v over v != z`, never `1 - p_z`,
+    which keeps no digits for a sure judge; for `"logp_two_way"` and `"logodds"` it is
+    `onehot(z) - onehot(other)` with scale `p_other` and 1. arXiv 2602.01791, Eq. 2.
+
+    logits: `[n, V]` float32 or wider; target, other: `[n]` int64.
+    """
+    rows = torch.arange(len(logits), device=logits.device)
+    if objective == "logp":
+        others = logits.index_put((rows, target), logits.new_tensor(-torch.inf))
+        against = others.logsumexp(-1)
+        values = others.sub_(against[:, None]).exp_().neg_()
+        values[rows, target] = 1.0
+        return values, torch.sigmoid(against - logits[rows, target])
+    if other is None:
+        raise InputError(f"objective {objective!r} needs the other verdict word")
+    values = torch.zeros_like(logits)
+    values[rows, target] = 1.0
+    values[rows, other] -= 1.0
+    if objective == "logodds":
+        return values, torch.ones_like(logits[:, 0])
+    return values, torch.sigmoid(logits[rows, other] - logits[rows, target])
+
+
+def attribution(scores: Tensor, config: AttributionConfig) -> Tensor:
+    """`softmax(b / tau)` over the response's tokens (arXiv 2602.01791, Eq. 4), `[T]`.
+
+    With `tau="auto"` b is divided by its population standard deviation first; scores without
+    spread (<= 1e-6 of the largest) give a uniform result. Empty scores give an empty result.
+    """
+    if config.readout == "uniform" or not len(scores):
+        return torch.full_like(scores, 1.0 / max(1, len(scores)))
+    wide = scores.double()
+    if config.standardise:
+        std = wide.std(correction=0)
+        flat = std <= 1e-6 * wide.abs().max()
+        wide = torch.zeros_like(wide) if flat else wide / std
+    return (wide / config.temperature).softmax(-1).to(scores.dtype)
+
+
+class EmbeddingScores:
+    """Reads one score per token at the input embeddings, for some spans of some sequences."""
+
+    leaf = 0
+    reads_linears = False
+
+    def __init__(self, spans: Sequence[tuple[int, int]], readout: str, device: torch.device):
+        self.spans = spans
+        self.readout = readout
+        self.device = device
+        self.scale: dict[int, float] = {}
+        self._scores: dict[int, Tensor] = {}
+
+    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
+        """Nothing is read on the way."""
+
+    def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
+        """`b = (grads * values).sum(-1)` or a norm of grads; arXiv 2602.01791, Eqs. 3, 11, 12."""
+        wanted = [s for s in rows.lanes if self._overlap(rows, s) is not None]
+        if not wanted:
+            return
+        if self.readout == "dot":
+            scores = torch.einsum("nch,nh->nc", grads, values)
+        else:
+            scores = torch.linalg.vector_norm(grads, ord=1 if self.readout == "l1" else 2, dim=-1)
+        for lane, sequence in enumerate(rows.lanes):
+            overlap = self._overlap(rows, sequence)
+            if overlap is None:
+                continue
+            start, stop = overlap
+            first, last = self.spans[sequence]
+            if sequence not in self._scores:
+                self._scores[sequence] = scores.new_zeros(last - first)
+            column = scores[start - rows.start : stop - rows.start, lane]
+            self._scores[sequence][start - first : stop - first] = column
+
+    def scores(self, sequence: int) -> Tensor:
+        """b `[stop - start]` of one sequence, at its own scale; float32 or wider."""
+        first, last = self.spans[sequence]
+        found = self._scores.get(sequence)
+        if found is None:
+            return torch.zeros(last - first, device=self.device)
+        return found * self.scale.get(sequence, 1.0)
+
+    def _overlap(self, rows: LeafRows, sequence: int) -> tuple[int, int] | None:
+        first, last = self.spans[sequence]
+        start, stop = max(first, rows.start), min(last, rows.stop)
+        return (start, stop) if start < stop else None
+
+
+class TargetSignal(EmbeddingScores):
+    """log p(target) at the last position of every sequence."""
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        target_ids: Sequence[int],
+        readout: str,
+        device: torch.device,
+    ):
+        super().__init__(spans, readout, device)
+        self.target_ids = target_ids
+
+    def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
+        check_finite(logits, reads)
+        target = torch.tensor([self.target_ids[r.sequence] for r in reads], device=logits.device)
+        values, scale = objective_cotangents(logits, target, None, "logp")
+        for read, factor in zip(reads, scale.tolist(), strict=True):
+            self.scale[read.sequence] = factor
+        return Cotangents(range(len(reads)), values)
+
+
+class VerdictSignal(EmbeddingScores):
+    """Verdicts of every judgement, and the objective of those that come out True.
+
+    `decide(sequence, p_true)` says whether a judgement is True; p_true is the two-way probability
+    `sigmoid(z_true - z_false)` and the margin decides ties.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        true_id: int,
+        false_id: int,
+        config: AttributionConfig,
+        given: Sequence[bool] | None,
+        uniforms: Sequence[float] | None,
+        device: torch.device,
+    ):
+        super().__init__(spans, config.readout, device)
+        self.true_id, self.false_id = true_id, false_id
+        self.config = config
+        self.given = given
+        self.uniforms = uniforms
+        self.verdicts: dict[int, bool] = {}
+        self.logps: dict[int, float] = {}
+
+    def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
+        check_finite(logits, reads)
+        margin = (logits[:, self.true_id] - logits[:, self.false_id]).tolist()
+        logps = _log_probability(logits, self.true_id).tolist()
+        chosen = []
+        for i, read in enumerate(reads):
+            at = read.sequence
+            self.logps[at] = logps[i]
+            self.verdicts[at] = self._verdict(at, margin[i])
+            start, stop = self.spans[at]
+            if self.verdicts[at] and start < stop and self.readout != "uniform":
+                chosen.append(i)
+        if not chosen:
+            return None
+        rows = logits[torch.tensor(chosen, device=logits.device)]
+        target = torch.full((len(chosen),), self.true_id, device=logits.device)
+        other = torch.full((len(chosen),), self.false_id, device=logits.device)
+        values, scale = objective_cotangents(rows, target, other, self.config.objective)
+        for i, factor in zip(chosen, scale.tolist(), strict=True):
+            self.scale[reads[i].sequence] = factor
+        return Cotangents(chosen, values)
+
+    def _verdict(self, sequence: int, margin: float) -> bool:
+        if self.given is not None:
+            return bool(self.given[sequence])
+        if self.uniforms is not None:
+            return self.uniforms[sequence] < 1.0 / (1.0 + math.exp(min(-margin, 700.0)))
+        return margin > 0  # a tie is False
+
+
+def _log_probability(logits: Tensor, token_id: int) -> Tensor:
+    """`log_softmax(logits)[:, token_id]` with all its digits when the probability is near one."""
+    others = logits.clone()
+    others[:, token_id] = -torch.inf
+    return -torch.nn.functional.softplus(others.logsumexp(-1) - logits[:, token_id])
+
+
+def check_finite(logits: Tensor, reads: Sequence[Read]) -> None:
+    """Raise InputError where a judge's logits hold NaN or infinity."""
+    finite = torch.isfinite(logits).all(-1)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise InputError(
+            "the judge's logits are not finite",
+            expected="finite logits",
+            index=f"sequence {reads[first].sequence}",
+            fix="Check the judge's weights; float16 judges may need bfloat16 or float32.",
+        )
