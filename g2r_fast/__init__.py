@@ -2,7 +2,52 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .advantages import AdvantageConfig
+    from .api import attribute_batch, attribute_tokens
+    from .grad2reward import AttributionConfig
+    from .judge import Judge, JudgeRequest, Rubric
+    from .result import AttributionBatch
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdvantageConfig",
+    "AttributionBatch",
+    "AttributionConfig",
+    "Judge",
+    "JudgeRequest",
+    "Rubric",
+    "attribute_batch",
+    "attribute_tokens",
+]
+
+_HOME = {
+    "AdvantageConfig": "advantages",
+    "AttributionBatch": "result",
+    "AttributionConfig": "grad2reward",
+    "Judge": "judge",
+    "JudgeRequest": "judge",
+    "Rubric": "judge",
+    "attribute_batch": "api",
+    "attribute_tokens": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use: `import g2r_fast` itself does not import torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _find_kernels_of_checkout() -> None:

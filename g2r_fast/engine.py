@@ -27,6 +27,7 @@ ENGINES = ("auto", "packed", "autograd")
 _MEMORY_SHARE = 0.5
 _MAX_ROWS = 2**17  # beyond this, products do not get faster and plans only get longer
 
+
 class Engine(Protocol):
     name: str
 

@@ -151,18 +151,16 @@ def _layer(name: str, layer: Any, family: Family, config: Any) -> LayerWeights:
 
 
 def _linear(module: nn.Linear) -> Linear:
-    return Linear(
-        module.weight.detach(), None if module.bias is None else module.bias.detach()
-    )
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
 
 def _reasons(model: Any) -> list[str]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         return [f"model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}"]
     family = FAMILIES[model_type]
-    decoder = getattr(model, "model", None)
+    decoder: Any = getattr(model, "model", None)
     layers = getattr(decoder, "layers", None)
     if decoder is None or not layers or not hasattr(model, "lm_head"):
         return ["it is wrapped, or is no causal LM: no model.layers with an lm_head"]

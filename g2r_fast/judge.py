@@ -172,7 +172,7 @@ class Judge:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(name_or_path), dtype="auto" if dtype is None else dtype, **model_kwargs
         )
         if device is not None:
@@ -409,8 +409,8 @@ def _render_messages(messages: Any) -> str:
     for position, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
-            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            content = "\n".join(texts) if all(isinstance(t, str) for t in texts) else None
+            texts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
+            content = "\n".join(map(str, texts)) if None not in texts else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise InputTypeError(
                 "a message of a prompt cannot be read",

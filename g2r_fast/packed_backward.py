@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
-from .families import DecoderWeights, LayerWeights, Linear
+from .families import DecoderWeights, LayerWeights
 from .ops import QueryBlock
 from .plan import BackwardPlan, PackedPlan, Read
 from .signal import LeafRows, Signal
@@ -81,7 +81,8 @@ class PackedBackward(PassContext):
                 cos, sin = self._rotary(self.saved_rows[piece.saved])
                 self._queries_back(layer, layer_tape, piece, dq, cos, sin, dh)
                 self._keys_values_back(layer, layer_tape, piece, dk, dv, cos, sin, dh)
-                _norm_back(layer.input_norm, layer_tape.normed_in, layer_tape.rstd_in, piece, dh, dx)
+                normed, rstd = layer_tape.normed_in, layer_tape.rstd_in
+                _norm_back(layer.input_norm, normed, rstd, piece, dh, dx)
         self._at_leaf(dx)
         return self.backward.rows
 
@@ -223,7 +224,12 @@ class PackedBackward(PassContext):
                 start = stop
 
     def _read(
-        self, layer: LayerWeights, name: str, inputs: torch.Tensor, grad: torch.Tensor, piece: _Piece
+        self,
+        layer: LayerWeights,
+        name: str,
+        inputs: torch.Tensor,
+        grad: torch.Tensor,
+        piece: _Piece,
     ) -> None:
         (rows,) = piece.members
         self.signal.on_linear(f"{layer.name}.{name}", inputs, _by_lane(grad, piece.lanes), rows)
@@ -307,7 +313,7 @@ def _head_norm_back(
         return grad
     assert normed is not None and rstd is not None
     out = torch.zeros_like(grad)
-    # Heads are rows of their own: [tokens * heads, lanes, head_dim] reads [tokens * heads, head_dim].
+    # Heads are rows of their own: [tokens, heads, lanes, d] reads what [tokens, heads, d] saved.
     by_head = grad.transpose(1, 2)
     ops.rms_norm_backward(
         by_head, weight, normed[piece.saved], rstd[piece.saved], out.transpose(1, 2)
@@ -320,9 +326,7 @@ def _by_lane(rows: torch.Tensor, lanes: int) -> torch.Tensor:
     return rows.view(-1, lanes, rows.shape[-1])
 
 
-def _pieces(
-    plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: bool
-) -> Iterator[_Piece]:
+def _pieces(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: bool) -> Iterator[_Piece]:
     """Backward rows in stretches of at most `chunk`, each with one number of lanes."""
     pending: _Piece | None = None
     for run in backward.runs:

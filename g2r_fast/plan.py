@@ -163,9 +163,7 @@ class PackedPlan:
                 at = next(s for s in paths[index] if position < segments[s].stop)
                 row = segments[at].row + position - segments[at].start
                 reads.append(Read(index, position, at, row))
-        return cls(
-            sequences, tuple(segments), tuple(reads), tuple(leaves), trie.rows, saved_rows
-        )
+        return cls(sequences, tuple(segments), tuple(reads), tuple(leaves), trie.rows, saved_rows)
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -358,9 +356,7 @@ class _Trie:
                 members[at].append(index)
         for segment, through in zip(segments, members, strict=True):
             segment.members = tuple(through)
-            segment.live = tuple(
-                i for i in through if sequences[i].backward_start <= segment.start
-            )
+            segment.live = tuple(i for i in through if sequences[i].backward_start <= segment.start)
         return segments, leaves, paths
 
     def _split(self, node: _Node, position: int) -> _Node:
