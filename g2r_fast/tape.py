@@ -78,14 +78,13 @@ class Tape:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes kept in the layers, each storage once."""
-        storages: dict[int, int] = {}
-        for layer in self.layers:
-            for field in fields(layer):
-                tensor = getattr(layer, field.name)
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+        """Bytes kept, each storage once."""
+        tensors = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (*tensors, self.normed, self.rstd, self.leaf)
+            if t is not None and t.numel()
+        }
         return sum(storages.values())
 
 
