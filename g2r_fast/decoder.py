@@ -77,8 +77,8 @@ class FrozenDecoder:
     def _hidden(self, tape: Tape, reads: Sequence[Read]) -> torch.Tensor:
         """Inputs of the LM head, rounded to the model's dtype as the stock model's are."""
         place = {row: i for i, row in enumerate(tape.plan.read_rows)}
-        at = torch.tensor([place[read.row] for read in reads], device=tape.normed.device)
-        return (tape.normed[at] * self.weights.norm).to(tape.rstd.dtype)
+        at = torch.tensor([place[read.row] for read in reads], device=tape.norm.normed.device)
+        return (tape.norm.normed[at] * self.weights.norm).to(tape.norm.rstd.dtype)
 
     @torch.no_grad()
     def _through_head(

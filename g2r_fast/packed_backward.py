@@ -16,7 +16,7 @@ from .families import DecoderWeights, LayerWeights
 from .ops import QueryBlock
 from .plan import BackwardPlan, PackedPlan, Read
 from .signal import LeafRows, Signal
-from .tape import LayerTape, PassContext, Tape
+from .tape import LayerTape, NormTape, PassContext, Tape
 
 __all__ = ["PackedBackward"]
 
@@ -67,8 +67,8 @@ class PackedBackward(PassContext):
         ops.rms_norm_backward(
             grads[torch.tensor(self.enters, device=self.device)][:, None],
             weights.norm,
-            tape.normed[at],
-            tape.rstd[at],
+            tape.norm.normed[at],
+            tape.norm.rstd[at],
             entering[:, None],
         )
         last = len(weights.layers) - 1
@@ -81,8 +81,7 @@ class PackedBackward(PassContext):
                 cos, sin = self._rotary(self.saved_rows[piece.saved])
                 self._queries_back(layer, layer_tape, piece, dq, cos, sin, dh)
                 self._keys_values_back(layer, layer_tape, piece, dk, dv, cos, sin, dh)
-                normed, rstd = layer_tape.normed_in, layer_tape.rstd_in
-                _norm_back(layer.input_norm, normed, rstd, piece, dh, dx)
+                _norm_back(layer.input_norm, layer_tape.norm_in, piece, dh, dx)
         self._at_leaf(dx)
         return self.backward.rows
 
@@ -102,8 +101,7 @@ class PackedBackward(PassContext):
             dh = self.empty_wide(piece.tokens, grad.shape[1])
             cos, sin = self._rotary(forward_rows[piece.saved])
             self._queries_back(layer, tape, piece, dq, cos, sin, dh)
-            normed, rstd = tape.query_normed_in, tape.query_rstd_in
-            _norm_back(layer.input_norm, normed, rstd, piece, dh, grad)
+            _norm_back(layer.input_norm, tape.query_norm_in, piece, dh, grad)
         dx = grad.new_zeros(self.backward.rows, grad.shape[1])
         # A read in front of its sequence's backward_start sends nothing to any row.
         entries = [self._backward_row(read) for read in self.reads]
@@ -114,7 +112,7 @@ class PackedBackward(PassContext):
             dh = self.empty_wide(piece.tokens * piece.lanes, dx.shape[1]).zero_()
             cos, sin = self._rotary(self.saved_rows[piece.saved])
             self._keys_values_back(layer, tape, piece, dk, dv, cos, sin, dh)
-            _norm_back(layer.input_norm, tape.normed_in, tape.rstd_in, piece, dh, dx)
+            _norm_back(layer.input_norm, tape.norm_in, piece, dh, dx)
         return dx
 
     def _to_attention(
@@ -135,19 +133,19 @@ class PackedBackward(PassContext):
             act, gate, up = (self.empty_wide(len(grad), width) for _ in range(3))
             ops.project_back(grad, layer.down.weight, act)
             ops.swiglu_backward(
-                _by_lane(act, lanes), tape.d_gate[saved], tape.d_up[saved],
+                _by_lane(act, lanes), tape.mlp.d_gate[saved], tape.mlp.d_up[saved],
                 _by_lane(gate, lanes), _by_lane(up, lanes),
             )  # fmt: skip
             dh = self.empty_wide(*grad.shape)
             ops.project_back(gate, layer.gate.weight, dh)
             ops.project_back(up, layer.up.weight, dh, accumulate=True)
             if self.signal.reads_linears:
-                assert tape.activation is not None
-                self._read(layer, "mlp.down_proj", tape.activation[saved], grad, piece)
-                inputs = tape.normed_mid[saved] * layer.post_norm
+                assert tape.mlp.activation is not None
+                self._read(layer, "mlp.down_proj", tape.mlp.activation[saved], grad, piece)
+                inputs = tape.norm_mid.normed[saved] * layer.post_norm
                 self._read(layer, "mlp.gate_proj", inputs, gate, piece)
                 self._read(layer, "mlp.up_proj", inputs, up, piece)
-            _norm_back(layer.post_norm, tape.normed_mid, tape.rstd_mid, piece, dh, dx)
+            _norm_back(layer.post_norm, tape.norm_mid, piece, dh, dx)
             flat = self.empty_wide(len(grad), layer.o.weight.shape[1])
             if self.signal.reads_linears:
                 inputs = tape.out[:, saved].transpose(0, 1).flatten(1)
@@ -175,11 +173,11 @@ class PackedBackward(PassContext):
         grad = flat.view(piece.tokens, piece.lanes, weights.heads, weights.head_dim)
         cos, sin = cos[:, None, None], sin[:, None, None]
         grad = ops.rotary_backward(grad, cos, sin, weights.scaling)
-        grad = _head_norm_back(layer.q_norm, tape.q_normed, tape.q_rstd, piece, grad)
+        grad = _head_norm_back(layer.q_norm, tape.q_norm, piece, grad)
         grad = grad.view(len(out), -1)
         ops.project_back(grad, layer.q.weight, out)
         if self.signal.reads_linears:
-            inputs = tape.query_normed_in[piece.saved] * layer.input_norm
+            inputs = tape.query_norm_in.normed[piece.saved] * layer.input_norm
             self._read(layer, "self_attn.q_proj", inputs, grad, piece)
 
     def _keys_values_back(
@@ -197,7 +195,7 @@ class PackedBackward(PassContext):
         # [kv_heads, rows, d] -> [tokens, lanes, kv_heads, d]
         keys = dk[:, piece.rows].view(shape).permute(1, 2, 0, 3)
         keys = ops.rotary_backward(keys, cos[:, None, None], sin[:, None, None])
-        keys = _head_norm_back(layer.k_norm, tape.k_normed, tape.k_rstd, piece, keys)
+        keys = _head_norm_back(layer.k_norm, tape.k_norm, piece, keys)
         values = dv[:, piece.rows].transpose(0, 1).flatten(1)
         for name, linear, grad in (
             ("self_attn.k_proj", layer.k, keys.reshape(len(out), -1)),
@@ -205,7 +203,7 @@ class PackedBackward(PassContext):
         ):
             ops.project_back(grad, linear.weight, out, accumulate=True)
             if self.signal.reads_linears:
-                inputs = tape.normed_in[piece.saved] * layer.input_norm
+                inputs = tape.norm_in.normed[piece.saved] * layer.input_norm
                 self._read(layer, name, inputs, grad, piece)
 
     def _at_leaf(self, dx: torch.Tensor) -> None:
@@ -289,35 +287,30 @@ class PackedBackward(PassContext):
 
 def _norm_back(
     weight: torch.Tensor,
-    normed: torch.Tensor,
-    rstd: torch.Tensor,
+    tape: NormTape,
     piece: _Piece,
     grad: torch.Tensor,  # [rows, H] of the norm's output, overwritten
     out: torch.Tensor,  # [all rows, H], added to
 ) -> None:
-    ops.rms_norm_backward(
-        _by_lane(grad, piece.lanes), weight, normed[piece.saved], rstd[piece.saved],
-        _by_lane(out[piece.rows], piece.lanes),
-    )  # fmt: skip
+    kept = tape[piece.saved]
+    out = _by_lane(out[piece.rows], piece.lanes)
+    ops.rms_norm_backward(_by_lane(grad, piece.lanes), weight, kept.normed, kept.rstd, out)
 
 
 def _head_norm_back(
     weight: torch.Tensor | None,
-    normed: torch.Tensor | None,
-    rstd: torch.Tensor | None,
+    tape: NormTape | None,
     piece: _Piece,
     grad: torch.Tensor,  # [tokens, lanes, heads, head_dim], overwritten
 ) -> torch.Tensor:
     """Back through the per-head norm of families that have one."""
-    if weight is None:
+    if weight is None or tape is None:
         return grad
-    assert normed is not None and rstd is not None
+    kept = tape[piece.saved]
     out = torch.zeros_like(grad)
     # Heads are rows of their own: [tokens, heads, lanes, d] reads what [tokens, heads, d] saved.
     by_head = grad.transpose(1, 2)
-    ops.rms_norm_backward(
-        by_head, weight, normed[piece.saved], rstd[piece.saved], out.transpose(1, 2)
-    )
+    ops.rms_norm_backward(by_head, weight, kept.normed, kept.rstd, out.transpose(1, 2))
     return out
 
 

@@ -10,7 +10,7 @@ from . import ops
 from .families import DecoderWeights, LayerWeights, Linear
 from .ops import QueryBlock
 from .plan import PackedPlan
-from .tape import LayerTape, PassContext, Tape
+from .tape import LayerTape, MlpTape, NormTape, PassContext, Tape
 
 __all__ = ["PackedForward"]
 
@@ -41,9 +41,7 @@ class PackedForward(PassContext):
             is_last = i + 1 == len(weights.layers)
             x, tape = self._layer(layer, x, self.read_rows if is_last else None)
             layers.append(tape)
-        normed = self.empty(*x.shape)
-        rstd = ops.rms_norm(x, weights.eps, normed)
-        return Tape(plan, layers, normed, rstd, leaf)
+        return Tape(plan, layers, self._norm(x), leaf)
 
     def _layer(
         self, layer: LayerWeights, x: torch.Tensor, reads: torch.Tensor | None
@@ -55,111 +53,108 @@ class PackedForward(PassContext):
         k = self.empty(weights.kv_heads, plan.rows, weights.head_dim)
         v = torch.empty_like(k)
         q = self.empty(weights.kv_heads, queries, self.group, weights.head_dim)
-        normed_in = self.empty(saved, x.shape[1])
-        rstd_in = self.empty_wide(saved)
-        k_kept = self._norm_tape(layer, saved, weights.kv_heads)
-        q_kept = self._norm_tape(layer, saved if reads is None else queries, weights.heads)
+        norm_in = self.empty_norm(saved, x.shape[1])
+        k_norm = q_norm = None
+        if layer.q_norm is not None:
+            query_saved = saved if reads is None else queries
+            k_norm = self.empty_norm(saved, weights.kv_heads, weights.head_dim)
+            q_norm = self.empty_norm(query_saved, weights.heads, weights.head_dim)
 
         for rows, kept in self._stretches():
-            normed = self.empty(len_of(rows), x.shape[1]) if kept is None else normed_in[kept]
-            rstd = ops.rms_norm(x[rows], weights.eps, normed)
+            norm = self._norm(x[rows])
             if kept is not None:
-                rstd_in[kept] = rstd
-            h = normed * layer.input_norm
+                norm_in[kept] = norm
+            h = norm.normed * layer.input_norm
             cos, sin = self.cos[rows], self.sin[rows]
-            keys = self._heads(h, layer.k, layer.k_norm, weights.kv_heads, k_kept, kept)
-            keys = ops.rotary(keys, cos[:, None], sin[:, None])
-            k[:, rows] = self.narrow(keys).transpose(0, 1)
-            values = self._heads(h, layer.v, None, weights.kv_heads, None, None)
-            v[:, rows] = self.narrow(values).transpose(0, 1)
+            keys = self._heads(h, layer.k, layer.k_norm, k_norm, kept)
+            k[:, rows] = self.narrow(ops.rotary(keys, cos[:, None], sin[:, None])).transpose(0, 1)
+            v[:, rows] = self.narrow(self._heads(h, layer.v, None, None, None)).transpose(0, 1)
             if reads is None:
-                heads = self._heads(h, layer.q, layer.q_norm, weights.heads, q_kept, kept)
+                heads = self._heads(h, layer.q, layer.q_norm, q_norm, kept)
                 q[:, rows] = self._grouped(heads, cos, sin)
-        query_normed_in, query_rstd_in = normed_in, rstd_in
+        query_norm_in = norm_in
         if reads is not None:
             x = x[reads]
-            query_normed_in = self.empty(*x.shape)
-            query_rstd_in = ops.rms_norm(x, weights.eps, query_normed_in)
-            h = query_normed_in * layer.input_norm
-            everything = slice(0, queries)
-            heads = self._heads(h, layer.q, layer.q_norm, weights.heads, q_kept, everything)
+            query_norm_in = self._norm(x)
+            h = query_norm_in.normed * layer.input_norm
+            heads = self._heads(h, layer.q, layer.q_norm, q_norm, slice(0, queries))
             q[:] = self._grouped(heads, self.cos[reads], self.sin[reads])
 
         blocks = self._blocks() if reads is None else self._read_blocks()
         out, lse = ops.attention_forward(plan, blocks, q, k, v, layer.window)
-        mlp_kept = self._mlp(layer, x, out, reads is not None)
+        norm_mid, mlp = self._mlp(layer, x, out, reads is not None)
         if reads is None and saved < plan.rows:
             q, out, lse = (t[:, self.saved_rows] for t in (q, out, lse))
         return x, LayerTape(
-            k, v, normed_in, rstd_in, q, out, lse, *mlp_kept, *q_kept, *k_kept,
-            query_normed_in, query_rstd_in,
-        )  # fmt: skip
+            k=k,
+            v=v,
+            norm_in=norm_in,
+            k_norm=k_norm,
+            query_norm_in=query_norm_in,
+            q_norm=q_norm,
+            q=q,
+            out=out,
+            lse=lse,
+            norm_mid=norm_mid,
+            mlp=mlp,
+        )
 
     def _mlp(
         self, layer: LayerWeights, x: torch.Tensor, out: torch.Tensor, reads_only: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[NormTape, MlpTape]:
         """Output projection and SwiGLU, added to `x` in place; what of it is kept."""
         kept_rows = len(x) if reads_only else self.plan.saved_rows
         width = layer.gate.weight.shape[0]
-        normed_mid = self.empty(kept_rows, x.shape[1])
-        rstd_mid = self.empty_wide(kept_rows)
-        d_gate, d_up = self.empty(kept_rows, width), self.empty(kept_rows, width)
+        norm_mid = self.empty_norm(kept_rows, x.shape[1])
         activation = self.empty(kept_rows, width) if self.keep_linears else None
+        tape = MlpTape(self.empty(kept_rows, width), self.empty(kept_rows, width), activation)
         stretches = self._stretches() if not reads_only else self._chunks(0, len(x), 0)
         for rows, kept in stretches:
             mixed = out[:, rows].transpose(0, 1).flatten(1)
             ops.project(mixed, layer.o.weight, layer.o.bias, x[rows], accumulate=True)
-            normed = self.empty(len_of(rows), x.shape[1]) if kept is None else normed_mid[kept]
-            rstd = ops.rms_norm(x[rows], self.weights.eps, normed)
-            h = normed * layer.post_norm
+            norm = self._norm(x[rows])
+            h = norm.normed * layer.post_norm
             gate, up = (self.empty_wide(len(h), width) for _ in range(2))
             ops.project(h, layer.gate.weight, layer.gate.bias, gate)
             ops.project(h, layer.up.weight, layer.up.bias, up)
             derivatives = None
             if kept is not None:
-                rstd_mid[kept] = rstd
-                derivatives = (d_gate[kept], d_up[kept])
+                norm_mid[kept] = norm
+                derivatives = (tape.d_gate[kept], tape.d_up[kept])
             act = self.narrow(ops.swiglu(gate, up, derivatives))
-            if activation is not None and kept is not None:
-                activation[kept] = act
+            if tape.activation is not None and kept is not None:
+                tape.activation[kept] = act
             ops.project(act, layer.down.weight, layer.down.bias, x[rows], accumulate=True)
-        return normed_mid, rstd_mid, d_gate, d_up, activation
+        return norm_mid, tape
+
+    def _norm(self, x: torch.Tensor) -> NormTape:
+        normed = self.empty(*x.shape)
+        return NormTape(normed, ops.rms_norm(x, self.weights.eps, normed))
 
     def _heads(
         self,
         h: torch.Tensor,  # [n, H]
         linear: Linear,
-        norm: torch.Tensor | None,
-        heads: int,
-        norm_tape: tuple[torch.Tensor | None, torch.Tensor | None] | None,
+        weight: torch.Tensor | None,
+        tape: NormTape | None,
         kept: slice | None,
     ) -> torch.Tensor:
         """A projection as `[n, heads, head_dim]`, normalised per head where the family does."""
         y = self.empty_wide(len(h), linear.weight.shape[0])
         ops.project(h, linear.weight, linear.bias, y)
-        y = y.view(len(h), heads, self.weights.head_dim)
-        if norm is None:
+        y = y.view(len(h), -1, self.weights.head_dim)
+        if weight is None:
             return y
-        normed = self.empty(*y.shape)
-        rstd = ops.rms_norm(y, self.weights.eps, normed)
-        if norm_tape is not None and kept is not None:
-            normed_tape, rstd_tape = norm_tape
-            assert normed_tape is not None and rstd_tape is not None
-            normed_tape[kept], rstd_tape[kept] = normed, rstd
-        return (normed * norm).to(self.wide)
+        norm = self._norm(y)
+        if tape is not None and kept is not None:
+            tape[kept] = norm
+        return (norm.normed * weight).to(self.wide)
 
     def _grouped(self, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Queries rotated, scaled and laid out `[kv_heads, n, group, head_dim]`."""
         rotated = ops.rotary(q, cos[:, None], sin[:, None], self.weights.scaling)
         shape = (len(q), self.weights.kv_heads, self.group, self.weights.head_dim)
         return self.narrow(rotated).view(shape).transpose(0, 1)
-
-    def _norm_tape(
-        self, layer: LayerWeights, rows: int, heads: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if layer.q_norm is None:
-            return None, None
-        return self.empty(rows, heads, self.weights.head_dim), self.empty_wide(rows, heads)
 
     def _stretches(self) -> Iterator[tuple[slice, slice | None]]:
         """Rows in chunks that are kept as a whole (and where) or not at all."""
@@ -202,7 +197,3 @@ class PackedForward(PassContext):
                 blocks.append(QueryBlock(i, slice(row, row + len(inside)), positions))
                 row += len(inside)
         return blocks
-
-
-def len_of(rows: slice) -> int:
-    return rows.stop - rows.start

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
 from .families import DecoderWeights
 from .plan import PackedPlan
 
-__all__ = ["LayerTape", "PassContext", "Tape"]
+__all__ = ["LayerTape", "MlpTape", "NormTape", "PassContext", "Tape"]
 
 # Rows per product: tall enough for the matrix library's full rate, small enough that what lies
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
 _CHUNK = {"cpu": 512, "cuda": 16384}
 
 
-@dataclass
+@dataclass(frozen=True)
+class NormTape:
+    """What an RMSNorm keeps: its rows without the weight, and what they were scaled by."""
+
+    normed: torch.Tensor  # [rows, X] or [rows, heads, head_dim]
+    rstd: torch.Tensor  # [rows] or [rows, heads]
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> NormTape:
+        return NormTape(self.normed[rows], self.rstd[rows])
+
+    def __setitem__(self, rows: slice, value: NormTape) -> None:
+        self.normed[rows], self.rstd[rows] = value.normed, value.rstd
+
+
+@dataclass(frozen=True)
+class MlpTape:
+    """What a SwiGLU keeps: its two derivatives, so that a backward evaluates no exponential."""
+
+    d_gate: torch.Tensor  # [query, I]
+    d_up: torch.Tensor
+    activation: torch.Tensor | None  # [query, I], only for signals that read linears
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> MlpTape:
+        activation = None if self.activation is None else self.activation[rows]
+        return MlpTape(self.d_gate[rows], self.d_up[rows], activation)
+
+
+@dataclass(frozen=True)
 class LayerTape:
     """What one layer keeps.
 
@@ -26,43 +54,27 @@ class LayerTape:
 
     k: torch.Tensor  # [kv_heads, rows, head_dim]
     v: torch.Tensor
-    normed_in: torch.Tensor  # [saved, H]
-    rstd_in: torch.Tensor  # [saved]
+    norm_in: NormTape  # [saved, H]
+    k_norm: NormTape | None  # [saved, kv_heads, head_dim], families with q/k-norm
+    query_norm_in: NormTape  # [query, H]; `norm_in` itself, but in the last layer
+    q_norm: NormTape | None  # [query, heads, head_dim]
     q: torch.Tensor  # [kv_heads, query, group, head_dim]
     out: torch.Tensor
     lse: torch.Tensor  # [kv_heads, query, group]
-    normed_mid: torch.Tensor  # [query, H]
-    rstd_mid: torch.Tensor  # [query]
-    d_gate: torch.Tensor  # [query, I], derivatives of silu(gate) * up
-    d_up: torch.Tensor
-    activation: torch.Tensor | None  # [query, I], only for signals that read linears
-    q_normed: torch.Tensor | None  # [query, heads, head_dim], families with q/k-norm
-    q_rstd: torch.Tensor | None
-    k_normed: torch.Tensor | None  # [saved, kv_heads, head_dim]
-    k_rstd: torch.Tensor | None
-    query_normed_in: torch.Tensor  # [query, H]; `normed_in` itself, but in the last layer
-    query_rstd_in: torch.Tensor
+    norm_mid: NormTape  # [query, H]
+    mlp: MlpTape
 
     def for_queries(self, at: torch.Tensor) -> LayerTape:
         """The same with one query row for each index in `at`."""
-
-        def rows(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x[at]
-
         return replace(
             self,
+            query_norm_in=self.query_norm_in[at],
+            q_norm=None if self.q_norm is None else self.q_norm[at],
             q=self.q[:, at],
             out=self.out[:, at],
             lse=self.lse[:, at],
-            normed_mid=self.normed_mid[at],
-            rstd_mid=self.rstd_mid[at],
-            d_gate=self.d_gate[at],
-            d_up=self.d_up[at],
-            activation=rows(self.activation),
-            q_normed=rows(self.q_normed),
-            q_rstd=rows(self.q_rstd),
-            query_normed_in=self.query_normed_in[at],
-            query_rstd_in=self.query_rstd_in[at],
+            norm_mid=self.norm_mid[at],
+            mlp=self.mlp[at],
         )
 
 
@@ -72,20 +84,28 @@ class Tape:
 
     plan: PackedPlan
     layers: list[LayerTape]
-    normed: torch.Tensor  # [reads, H], before the final norm's weight
-    rstd: torch.Tensor  # [reads]
+    norm: NormTape  # [reads, H], the final norm
     leaf: torch.Tensor | None  # [saved, H], the hidden state asked for; None: embeddings
 
     @property
     def saved_bytes(self) -> int:
         """Bytes kept, each storage once."""
-        tensors = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in (*tensors, self.normed, self.rstd, self.leaf)
-            if t is not None and t.numel()
+            for part in (*self.layers, self.norm, self.leaf)
+            for t in _tensors(part)
         }
         return sum(storages.values())
+
+
+def _tensors(part: object) -> Iterator[torch.Tensor]:
+    """The tensors of a tape or of a part of one; an empty one has no storage of its own."""
+    if isinstance(part, torch.Tensor):
+        if part.numel():
+            yield part
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
 
 
 class PassContext:
@@ -113,6 +133,9 @@ class PassContext:
     def empty_wide(self, *shape: int) -> torch.Tensor:
         """In float32 or wider: residual stream, gradients, row statistics."""
         return torch.empty(shape, dtype=self.wide, device=self.device)
+
+    def empty_norm(self, *shape: int) -> NormTape:
+        return NormTape(self.empty(*shape), self.empty_wide(*shape[:-1]))
 
     def narrow(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.weights.dtype)
