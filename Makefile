@@ -1,0 +1,81 @@
+# Every target sets itself up: a bare Linux machine with Python >= 3.10 and make is enough.
+#
+#   make demo            attribute the example file with the tiny judge, and compare with the loop
+#   make test            everything that CI runs
+#   make bench           the CPU benchmarks, in full
+#   make lint            formatting, lint and types
+#   make compile-only    every Triton kernel for every GPU generation, without a GPU
+#   make format          rewrite the sources in the house format
+#   make clean           remove what the targets made, .venv included
+#
+# Variables: PYTHON (the interpreter to start from), VENV (where to set up), TORCH (what pip is told to
+# install as torch, options included; by default a CPU build, as a bare "torch" brings gigabytes of
+# CUDA). A torch that is in VENV already is left alone.
+
+VENV ?= .venv
+# The first that is new enough. ("true" last: make takes an exit status of 127 for no output at all.)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; \
+	done; true)
+TORCH ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+CPU_TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test bench lint compile-only format clean setup
+
+demo: $(STAMP)
+	@mkdir -p build
+	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --show --compare
+
+# The benchmarks run in their smallest form: they assert equal answers and report no speed.
+test: lint compile-only
+	$(BIN)/python -m pytest bench -q --quick
+	$(BIN)/python -m pytest tests -q
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(BIN)/mypy
+
+compile-only: $(STAMP)
+	$(BIN)/python tests/compile_only.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info g2r_fast/_core*.so g2r_fast/_core_missing.txt
+
+setup: $(STAMP)
+
+# Once; again when the package's description or its compiled part changes.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "no Python >= 3.10 found; say make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install -q "setuptools>=77" wheel "pybind11>=2.13"
+ifneq ($(TORCH),)
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+else
+	@# The CPU build has a name of its own. Only where pip knows it from no index is its home asked,
+	@# and only where that cannot be reached is the large build taken.
+	@$(BIN)/python -c "import torch" 2>/dev/null || \
+		$(BIN)/pip install -q "$(CPU_TORCH)+cpu" 2>/dev/null || \
+		$(BIN)/pip install -q --retries 1 --timeout 20 "$(CPU_TORCH)" --index-url $(CPU_INDEX) || \
+		{ echo "no CPU build of torch found: installing the full one"; $(BIN)/pip install -q "$(CPU_TORCH)"; }
+endif
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench]"
+	@$(BIN)/python -c "import g2r_fast.native as native; print(native.status())"
+	@touch $@

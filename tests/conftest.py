@@ -1,0 +1,26 @@
+"""Settings of the whole suite; they must stand before torch's and triton's users are imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# No test may depend on the network: what is tested is in the repository.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Kernels decide when they are defined, and Triton's own library when triton is imported.
+    assert "triton" not in sys.modules, "triton was imported before tests/conftest.py"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The models in here are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+# No deadline, as no test may fail for being slow; the same examples in every run, as a failure that
+# cannot be repeated helps nobody.
+settings.register_profile("g2r_fast", deadline=None, derandomize=True)
+settings.load_profile("g2r_fast")
