@@ -77,10 +77,9 @@ class PackedBackward(PassContext):
             layer, layer_tape = weights.layers[i], tape.layers[i]
             dq, dk, dv = self._to_attention(layer, layer_tape, dx, self.pieces, self._blocks())
             for piece in self.pieces:
-                dh = self.empty_wide(piece.tokens * piece.lanes, dx.shape[1])
                 cos, sin = self._rotary(self.saved_rows[piece.saved])
-                self._queries_back(layer, layer_tape, piece, dq, cos, sin, dh)
-                self._keys_values_back(layer, layer_tape, piece, dk, dv, cos, sin, dh)
+                dh = self._queries_back(layer, layer_tape, piece, dq, cos, sin)
+                dh += self._keys_values_back(layer, layer_tape, piece, dk, dv, cos, sin)
                 _norm_back(layer.input_norm, layer_tape.norm_in, piece, dh, dx)
         self._at_leaf(dx)
         return self.backward.rows
@@ -98,9 +97,8 @@ class PackedBackward(PassContext):
         dq, dk, dv = self._to_attention(layer, tape, grad, pieces, self._read_blocks())
         forward_rows = torch.tensor([read.row for read in self.reads], device=self.device)
         for piece in pieces:
-            dh = self.empty_wide(piece.tokens, grad.shape[1])
             cos, sin = self._rotary(forward_rows[piece.saved])
-            self._queries_back(layer, tape, piece, dq, cos, sin, dh)
+            dh = self._queries_back(layer, tape, piece, dq, cos, sin)
             _norm_back(layer.input_norm, tape.query_norm_in, piece, dh, grad)
         dx = grad.new_zeros(self.backward.rows, grad.shape[1])
         # A read in front of its sequence's backward_start sends nothing to any row.
@@ -109,9 +107,8 @@ class PackedBackward(PassContext):
         rows = torch.tensor([entries[i] for i in inside], dtype=torch.int64, device=self.device)
         dx.index_add_(0, rows, grad[torch.tensor(inside, dtype=torch.int64, device=self.device)])
         for piece in self.pieces:
-            dh = self.empty_wide(piece.tokens * piece.lanes, dx.shape[1]).zero_()
             cos, sin = self._rotary(self.saved_rows[piece.saved])
-            self._keys_values_back(layer, tape, piece, dk, dv, cos, sin, dh)
+            dh = self._keys_values_back(layer, tape, piece, dk, dv, cos, sin)
             _norm_back(layer.input_norm, tape.norm_in, piece, dh, dx)
         return dx
 
@@ -126,19 +123,17 @@ class PackedBackward(PassContext):
         """Back through SwiGLU, its norm, the output projection and attention; `(dq, dk, dv)`."""
         weights = self.weights
         grad_out = self.empty_wide(weights.kv_heads, len(dx) * self.group, weights.head_dim)
-        width = layer.gate.weight.shape[0]
         for piece in pieces:
             grad = dx[piece.rows]
             lanes, saved = piece.lanes, piece.saved
-            act, gate, up = (self.empty_wide(len(grad), width) for _ in range(3))
-            ops.project_back(grad, layer.down.weight, act)
+            act = ops.project_back(grad, layer.down.weight)
+            gate, up = (self.empty_wide(*act.shape) for _ in range(2))
             ops.swiglu_backward(
                 _by_lane(act, lanes), tape.mlp.d_gate[saved], tape.mlp.d_up[saved],
                 _by_lane(gate, lanes), _by_lane(up, lanes),
             )  # fmt: skip
-            dh = self.empty_wide(*grad.shape)
-            ops.project_back(gate, layer.gate.weight, dh)
-            ops.project_back(up, layer.up.weight, dh, accumulate=True)
+            dh = ops.project_back(gate, layer.gate.weight)
+            dh += ops.project_back(up, layer.up.weight)
             if self.signal.reads_linears:
                 assert tape.mlp.activation is not None
                 self._read(layer, "mlp.down_proj", tape.mlp.activation[saved], grad, piece)
@@ -146,11 +141,10 @@ class PackedBackward(PassContext):
                 self._read(layer, "mlp.gate_proj", inputs, gate, piece)
                 self._read(layer, "mlp.up_proj", inputs, up, piece)
             _norm_back(layer.post_norm, tape.norm_mid, piece, dh, dx)
-            flat = self.empty_wide(len(grad), layer.o.weight.shape[1])
             if self.signal.reads_linears:
                 inputs = tape.out[:, saved].transpose(0, 1).flatten(1)
                 self._read(layer, "self_attn.o_proj", inputs, grad, piece)
-            ops.project_back(grad, layer.o.weight, flat)
+            flat = ops.project_back(grad, layer.o.weight)
             self._head_major(grad_out, piece)[:] = self._head_view(flat, piece)
         return ops.attention_backward(
             self.plan, self.backward, blocks, tape.q, tape.k, tape.v, tape.out, tape.lse,
@@ -165,20 +159,21 @@ class PackedBackward(PassContext):
         dq: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        out: torch.Tensor,  # [rows, H], overwritten
-    ) -> None:
+    ) -> torch.Tensor:
+        """What the queries send to the norm's output, `[rows, H]`."""
         weights = self.weights
-        flat = self.empty_wide(len(out), weights.heads * weights.head_dim)
+        rows = piece.tokens * piece.lanes
+        flat = self.empty_wide(rows, weights.heads * weights.head_dim)
         self._head_view(flat, piece)[:] = self._head_major(dq, piece)
         grad = flat.view(piece.tokens, piece.lanes, weights.heads, weights.head_dim)
         cos, sin = cos[:, None, None], sin[:, None, None]
         grad = ops.rotary_backward(grad, cos, sin, weights.scaling)
         grad = _head_norm_back(layer.q_norm, tape.q_norm, piece, grad)
-        grad = grad.view(len(out), -1)
-        ops.project_back(grad, layer.q.weight, out)
+        grad = grad.view(rows, -1)
         if self.signal.reads_linears:
             inputs = tape.query_norm_in.normed[piece.saved] * layer.input_norm
             self._read(layer, "self_attn.q_proj", inputs, grad, piece)
+        return ops.project_back(grad, layer.q.weight)
 
     def _keys_values_back(
         self,
@@ -189,22 +184,22 @@ class PackedBackward(PassContext):
         dv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        out: torch.Tensor,  # [rows, H], added to
-    ) -> None:
+    ) -> torch.Tensor:
+        """What the keys and values send to the norm's output, `[rows, H]`."""
         shape = (self.weights.kv_heads, piece.tokens, piece.lanes, self.weights.head_dim)
         # [kv_heads, rows, d] -> [tokens, lanes, kv_heads, d]
         keys = dk[:, piece.rows].view(shape).permute(1, 2, 0, 3)
         keys = ops.rotary_backward(keys, cos[:, None, None], sin[:, None, None])
         keys = _head_norm_back(layer.k_norm, tape.k_norm, piece, keys)
+        keys = keys.reshape(piece.tokens * piece.lanes, -1)
         values = dv[:, piece.rows].transpose(0, 1).flatten(1)
-        for name, linear, grad in (
-            ("self_attn.k_proj", layer.k, keys.reshape(len(out), -1)),
-            ("self_attn.v_proj", layer.v, values),
-        ):
-            ops.project_back(grad, linear.weight, out, accumulate=True)
-            if self.signal.reads_linears:
-                inputs = tape.norm_in.normed[piece.saved] * layer.input_norm
-                self._read(layer, name, inputs, grad, piece)
+        if self.signal.reads_linears:
+            inputs = tape.norm_in.normed[piece.saved] * layer.input_norm
+            self._read(layer, "self_attn.k_proj", inputs, keys, piece)
+            self._read(layer, "self_attn.v_proj", inputs, values, piece)
+        dh = ops.project_back(keys, layer.k.weight)
+        dh += ops.project_back(values, layer.v.weight)
+        return dh
 
     def _at_leaf(self, dx: torch.Tensor) -> None:
         leaf = self.tape.leaf

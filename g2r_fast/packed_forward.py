@@ -111,12 +111,11 @@ class PackedForward(PassContext):
         stretches = self._stretches() if not reads_only else self._chunks(0, len(x), 0)
         for rows, kept in stretches:
             mixed = out[:, rows].transpose(0, 1).flatten(1)
-            ops.project(mixed, layer.o.weight, layer.o.bias, x[rows], accumulate=True)
+            x[rows] += ops.project(mixed, layer.o.weight, layer.o.bias)
             norm = self._norm(x[rows])
             h = norm.normed * layer.post_norm
-            gate, up = (self.empty_wide(len(h), width) for _ in range(2))
-            ops.project(h, layer.gate.weight, layer.gate.bias, gate)
-            ops.project(h, layer.up.weight, layer.up.bias, up)
+            gate = ops.project(h, layer.gate.weight, layer.gate.bias)
+            up = ops.project(h, layer.up.weight, layer.up.bias)
             derivatives = None
             if kept is not None:
                 norm_mid[kept] = norm
@@ -124,7 +123,7 @@ class PackedForward(PassContext):
             act = self.narrow(ops.swiglu(gate, up, derivatives))
             if tape.activation is not None and kept is not None:
                 tape.activation[kept] = act
-            ops.project(act, layer.down.weight, layer.down.bias, x[rows], accumulate=True)
+            x[rows] += ops.project(act, layer.down.weight, layer.down.bias)
         return norm_mid, tape
 
     def _norm(self, x: torch.Tensor) -> NormTape:
@@ -140,9 +139,7 @@ class PackedForward(PassContext):
         kept: slice | None,
     ) -> torch.Tensor:
         """A projection as `[n, heads, head_dim]`, normalised per head where the family does."""
-        y = self.empty_wide(len(h), linear.weight.shape[0])
-        ops.project(h, linear.weight, linear.bias, y)
-        y = y.view(len(h), -1, self.weights.head_dim)
+        y = ops.project(h, linear.weight, linear.bias).view(len(h), -1, self.weights.head_dim)
         if weight is None:
             return y
         norm = self._norm(y)

@@ -21,12 +21,15 @@ from dataclasses import dataclass
 import torch
 
 from ..plan import BackwardPlan, PackedPlan, Run, Segment
+from .products import product, product_nt, product_tn
 
 __all__ = ["QueryBlock", "attention_backward", "attention_forward"]
 
 # Elements of one score tile over all kv heads: with its gradient and two small products it stays
 # in a core's second-level cache on the CPUs looked at; chosen by bench/tile_sizes.py.
-_TILE = {"cpu": 2**19, "cuda": 2**24}
+_TILE = {"cpu": 2**18, "cuda": 2**24}
+# Keys are taken in whole steps, so that products come in few shapes.
+_KEY_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class _Path:
     def __init__(self, plan: PackedPlan, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype):
         kv_heads, _, head_dim = k.shape
         self._k, self._v = k, v
-        self.k = torch.empty(kv_heads, plan.length, head_dim, dtype=dtype, device=k.device)
-        self.v = torch.empty_like(self.k)
+        # Zeros, as keys are read in whole steps: what lies behind the path is masked, not absent.
+        length = plan.length + _KEY_STEP
+        self.k = torch.zeros(kv_heads, length, head_dim, dtype=dtype, device=k.device)
+        self.v = torch.zeros_like(self.k)
 
     def enter(self, segment: Segment) -> None:
         rows = slice(segment.row, segment.row + len(segment))
@@ -68,23 +73,22 @@ def attention_forward(
     path = _Path(plan, k, v, dtype)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    by_segment = _by_segment(blocks)
-    for index, segment in enumerate(plan.segments):
-        path.enter(segment)
-        for block in by_segment.get(index, ()):
-            block_q = q[:, block.rows]
-            for tokens, low, high in _tiles(block, 1, q, window):
+    for _, block in _along(plan, blocks, path):
+        for heads in _head_slices(q):
+            block_q = q[heads, block.rows]
+            for tokens, low, high in _tiles(block, 1, block_q, window):
+                high = _rounded(high)
                 tile_q = block_q[:, tokens].flatten(1, 2).to(dtype)
-                scores = torch.bmm(tile_q, path.k[:, low:high].mT)
+                scores = product_nt(tile_q, path.k[heads, low:high])
                 _mask_(scores, block.positions[tokens], low, high, window, -torch.inf)
                 largest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
-                mixed = torch.bmm(weights, path.v[:, low:high]).div_(total)
+                mixed = product(weights, path.v[heads, low:high]).div_(total)
                 rows = _rows_of(block.rows, tokens)
-                shape = (q.shape[0], -1, *q.shape[2:])
-                out[:, rows] = mixed.view(shape).to(out.dtype)
-                lse[:, rows] = (largest + total.log()).view(shape[0], -1, q.shape[2])
+                shape = (len(block_q), -1, *q.shape[2:])
+                out[heads, rows] = mixed.view(shape).to(out.dtype)
+                lse[heads, rows] = (largest + total.log()).view(shape[:3])
     return out, lse
 
 
@@ -106,62 +110,90 @@ def attention_backward(
     the final `lse` and row sums, so blocks add up exactly. Keys before the first live segment of a
     lane get no gradient: they cost dQ only, three products where a full backward takes five.
     """
-    dtype = lse.dtype
-    path = _Path(plan, k, v, dtype)
     kv_heads, _, group, head_dim = q.shape
+    path = _Path(plan, k, v, lse.dtype)
     dq = torch.empty_like(grad_out)
     dk = grad_out.new_zeros(kv_heads, backward.rows, head_dim)
     dv = torch.zeros_like(dk)
-    by_segment = _by_segment(blocks)
-    for index, segment in enumerate(plan.segments):
-        path.enter(segment)
-        for block in by_segment.get(index, ()):
-            lanes = len(block.lanes)
-            count = len(block.positions)
-            live = _live_runs(segment, index, block.lanes, backward)
-            live_start = min((plan.segments[run.segment].start for run, *_ in live), default=None)
-            first = segment.stop if live_start is None else live_start
-            first_row = block.row * group
-            rows = slice(first_row, first_row + count * group * lanes)
-            block_grad = grad_out[:, rows].view(kv_heads, count * group, lanes, head_dim)
-            block_dq = dq[:, rows].view(kv_heads, count * group, lanes, head_dim)
-            block_q, block_out, block_lse = (x[:, block.rows] for x in (q, out, lse))
-            path_dk = grad_out.new_zeros(kv_heads, lanes, segment.stop - first, head_dim)
-            path_dv = grad_out.new_zeros(kv_heads, segment.stop - first, lanes, head_dim)
-            for tokens, low, high in _tiles(block, lanes, q, window):
-                tile_q = block_q[:, tokens].flatten(1, 2).to(dtype)
-                tile_lse = block_lse[:, tokens].flatten(1, 2)[..., None]
-                merged = slice(tokens.start * group, tokens.stop * group)
-                grad = block_grad[:, merged]
-                tile_out = block_out[:, tokens].flatten(1, 2)[:, :, None].to(dtype)
-                row_sums = (grad * tile_out).sum(-1, keepdim=True)
-                tile_dq = block_dq[:, merged]
-                tile_dq.zero_()
-                for a, b in ((low, min(first, high)), (max(low, first), high)):
-                    if a >= b:
-                        continue
-                    p = torch.bmm(tile_q, path.k[:, a:b].mT).sub_(tile_lse).exp_()
-                    _mask_(p, block.positions[tokens], a, b, window, 0.0)
-                    ds = torch.bmm(grad.flatten(1, 2), path.v[:, a:b].mT)
-                    ds = ds.view(*grad.shape[:3], b - a)
-                    ds.sub_(row_sums).mul_(p[:, :, None])
-                    tile_dq += torch.bmm(ds.flatten(1, 2), path.k[:, a:b]).view(grad.shape)
-                    if a >= first:
-                        keys = slice(a - first, b - first)
-                        mixed = torch.bmm(p.mT, grad.flatten(2, 3))
-                        path_dv[:, keys] += mixed.view(kv_heads, b - a, lanes, head_dim)
-                        mixed = torch.bmm(ds.flatten(2, 3).mT, tile_q)
-                        path_dk[:, :, keys] += mixed.view(kv_heads, lanes, b - a, head_dim)
+    for index, block in _along(plan, blocks, path):
+        segment, lanes = plan.segments[index], len(block.lanes)
+        live = _live_runs(segment, index, block.lanes, backward)
+        first = min((plan.segments[run.segment].start for run, *_ in live), default=segment.stop)
+        first_row = block.row * group
+        rows = slice(first_row, first_row + len(block.positions) * group * lanes)
+        for heads in _head_slices(q):
+            shape = (-1, len(block.positions) * group, lanes, head_dim)
+            path_dk, path_dv = _block_backward(
+                q[heads, block.rows],
+                out[heads, block.rows],
+                lse[heads, block.rows],
+                grad_out[heads, rows].view(shape),
+                dq[heads, rows].view(shape),
+                path.k[heads],
+                path.v[heads],
+                block,
+                first,
+                window,
+            )
             for run, inner, outer in live:
-                keys = slice(
-                    plan.segments[run.segment].start - first,
-                    plan.segments[run.segment].stop - first,
-                )
+                at = plan.segments[run.segment]
+                keys = slice(at.start - first, at.stop - first)
                 where = slice(run.row, run.row + run.rows)
-                shape = (kv_heads, run.tokens, len(run.lanes), head_dim)
-                dk[:, where].view(shape)[:, :, outer] += path_dk[:, inner, keys].transpose(1, 2)
-                dv[:, where].view(shape)[:, :, outer] += path_dv[:, keys, inner]
+                shape = (-1, run.tokens, len(run.lanes), head_dim)
+                # [heads, d, lanes, keys] and [heads, lanes, d, keys] -> [heads, keys, lanes, d]
+                dk[heads, where].view(shape)[:, :, outer] += path_dk[:, :, inner, keys].permute(
+                    0, 3, 2, 1
+                )
+                dv[heads, where].view(shape)[:, :, outer] += path_dv[:, inner, :, keys].permute(
+                    0, 3, 1, 2
+                )
     return dq, dk, dv
+
+
+def _block_backward(
+    q: torch.Tensor,  # [heads, n, group, d]
+    out: torch.Tensor,
+    lse: torch.Tensor,  # [heads, n, group]
+    grad_out: torch.Tensor,  # [heads, n * group, lanes, d]
+    dq: torch.Tensor,  # the same, overwritten
+    k: torch.Tensor,  # [heads, length, d], by position
+    v: torch.Tensor,
+    block: QueryBlock,
+    first: int,  # keys before this position get no gradient
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the keys and values from `first` on, transposed: `[heads, d, lanes, keys]`
+    and `[heads, lanes, d, keys]`."""
+    heads, _, group, head_dim = q.shape
+    lanes = grad_out.shape[2]
+    keys = _rounded(int(block.positions[-1]) + 1 - first) if len(block.positions) else 0
+    path_dk = dq.new_zeros(heads, head_dim, lanes, max(0, keys))
+    path_dv = dq.new_zeros(heads, lanes, head_dim, max(0, keys))
+    for tokens, low, high in _tiles(block, lanes, q, window):
+        merged = slice(tokens.start * group, tokens.stop * group)
+        grad = grad_out[:, merged]
+        tile_q = q[:, tokens].flatten(1, 2).to(dq.dtype)
+        tile_lse = lse[:, tokens].flatten(1, 2)[..., None]
+        tile_out = out[:, tokens].flatten(1, 2)[:, :, None].to(dq.dtype)
+        row_sums = (grad * tile_out).sum(-1, keepdim=True)
+        dq[:, merged] = 0
+        for a, b in ((low, min(first, high)), (max(low, first), high)):
+            if a >= b:
+                continue
+            if b > first:
+                b = first + _rounded(b - first)
+            p = product_nt(tile_q, k[:, a:b]).sub_(tile_lse).exp_()
+            _mask_(p, block.positions[tokens], a, b, window, 0.0)
+            ds = product_nt(grad.flatten(1, 2), v[:, a:b]).view(*grad.shape[:3], b - a)
+            ds.sub_(row_sums).mul_(p[:, :, None])
+            dq[:, merged] += product(ds.flatten(1, 2), k[:, a:b]).view(grad.shape)
+            if a >= first:
+                here = slice(a - first, b - first)
+                mixed = product_tn(tile_q, ds.flatten(2, 3))
+                path_dk[..., here] += mixed.view(heads, head_dim, lanes, b - a)
+                mixed = product_tn(grad.flatten(2, 3), p)
+                path_dv[..., here] += mixed.view(heads, lanes, head_dim, b - a)
+    return path_dk, path_dv
 
 
 def _live_runs(
@@ -191,17 +223,32 @@ def _as_slice(index: list[int]) -> slice | list[int]:
 def _tiles(
     block: QueryBlock, lanes: int, q: torch.Tensor, window: int | None
 ) -> Iterator[tuple[slice, int, int]]:
-    """Stretches of a block's queries, and the range of keys that any of them sees."""
+    """Stretches of a block's queries, and the range of keys that any of them sees.
+
+    Powers of two, so that products come in few shapes.
+    """
     positions = block.positions.tolist()
-    kv_heads, _, group, _ = q.shape
+    heads, _, group, _ = q.shape
     budget = _TILE.get(q.device.type, _TILE["cuda"])
     start = 0
     while start < len(positions):
-        per_token = kv_heads * group * lanes * (positions[start] + 1)
-        stop = min(len(positions), start + max(8, budget // per_token))
+        fitting = budget // (heads * group * lanes * (positions[start] + 1))
+        stop = min(len(positions), start + max(8, 1 << max(0, fitting.bit_length() - 1)))
         low = 0 if window is None else max(0, positions[start] - window + 1)
         yield slice(start, stop), low, positions[stop - 1] + 1
         start = stop
+
+
+def _head_slices(q: torch.Tensor) -> Iterator[slice]:
+    """kv heads taken together: all in one batched product on a GPU, one at a time on a CPU,
+    where a tile should fit into the cache and products are not batched."""
+    step = 1 if q.device.type == "cpu" else len(q)
+    for start in range(0, len(q), step):
+        yield slice(start, start + step)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // _KEY_STEP) * _KEY_STEP
 
 
 def _mask_(
@@ -227,11 +274,17 @@ def _mask_(
     view[..., start - low :].masked_fill_(hidden[None, :, None], value)
 
 
-def _by_segment(blocks: Sequence[QueryBlock]) -> dict[int, list[QueryBlock]]:
-    found: dict[int, list[QueryBlock]] = {}
+def _along(
+    plan: PackedPlan, blocks: Sequence[QueryBlock], path: _Path
+) -> Iterator[tuple[int, QueryBlock]]:
+    """Every block with the path that leads to it."""
+    by_segment: dict[int, list[QueryBlock]] = {}
     for block in blocks:
-        found.setdefault(block.segment, []).append(block)
-    return found
+        by_segment.setdefault(block.segment, []).append(block)
+    for index, segment in enumerate(plan.segments):
+        path.enter(segment)
+        for block in by_segment.get(index, ()):
+            yield index, block
 
 
 def _rows_of(rows: slice | torch.Tensor, tokens: slice) -> slice | torch.Tensor:

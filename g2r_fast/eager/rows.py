@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .products import product, product_nt
+
 __all__ = [
     "project",
     "project_back",
@@ -97,43 +99,27 @@ def project(
     x: torch.Tensor,  # [n, in], the weight's dtype
     weight: torch.Tensor,  # [out, in]
     bias: torch.Tensor | None,
-    out: torch.Tensor,  # [n, out], float32 or the weight's dtype
-    accumulate: bool = False,
-) -> None:
-    """`out (+)= x @ weight.T + bias`."""
-    _product(x, weight.t(), out, accumulate)
-    if bias is not None:
-        out += bias
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, `[n, out]`, float32 or wider."""
+    return product_nt(x, weight, bias).to(_wide(weight))
 
 
 def project_back(
-    grad: torch.Tensor,  # [n, out]
+    grad: torch.Tensor,  # [n, out], float32 or wider
     weight: torch.Tensor,  # [out, in]
-    out: torch.Tensor,  # [n, in]
-    accumulate: bool = False,
-) -> None:
-    """`out (+)= grad @ weight`.
+) -> torch.Tensor:
+    """`grad @ weight`, `[n, in]`, float32 or wider.
 
     Gradients are float32 between products. For float16 weights every row is brought to a power
     of two near one first and back afterwards, so that small gradients neither round away nor
     vanish.
     """
-    if weight.dtype == torch.float16 and grad.dtype != torch.float16:
-        largest = grad.abs().amax(-1, keepdim=True)
-        exponent = torch.frexp(largest).exponent
+    if weight.dtype == torch.float16:
+        exponent = torch.frexp(grad.abs().amax(-1, keepdim=True)).exponent
         scaled = torch.ldexp(grad, -exponent).to(torch.float16)
-        back = torch.ldexp((scaled @ weight).to(out.dtype), exponent)
-        out.add_(back) if accumulate else out.copy_(back)
-        return
-    _product(grad, weight, out, accumulate)
+        return torch.ldexp(product(scaled, weight).to(grad.dtype), exponent)
+    return product(grad.to(weight.dtype), weight).to(grad.dtype)
 
 
-def _product(x: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
-    if x.dtype == matrix.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(x, matrix)
-        else:
-            torch.mm(x, matrix, out=out)
-        return
-    result = x.to(matrix.dtype) @ matrix
-    out.add_(result) if accumulate else out.copy_(result)
+def _wide(weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
