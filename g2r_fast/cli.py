@@ -244,7 +244,7 @@ def _run(
     if compare is not None:
         sample = list(islice(_good(args.file), args.batch))
         options = {"engine": args.engine, "max_tokens": args.max_tokens}
-        print(compare(calls.judge, sample, attribution=calls.attribution, **options))
+        print(compare(calls.judge, sample, **options))
     return n_bad
 
 
@@ -274,7 +274,7 @@ def _api() -> Any:
 
 
 def _import_compare() -> Any:
-    """`compare(judge, records, *, attribution, engine, max_tokens)` -> a printable summary."""
+    """`compare(judge, records, *, engine, max_tokens)` -> a printable summary."""
     from .compare import compare
 
     return compare

@@ -142,12 +142,13 @@ class PackedBackward(PassContext):
                 self._read(layer, "mlp.up_proj", inputs, up, piece)
             _norm_back(layer.post_norm, tape.norm_mid, piece, dh, dx)
             if self.signal.reads_linears:
+                assert tape.out is not None
                 inputs = tape.out[:, saved].transpose(0, 1).flatten(1)
                 self._read(layer, "self_attn.o_proj", inputs, grad, piece)
             flat = ops.project_back(grad, layer.o.weight)
             self._head_major(grad_out, piece)[:] = self._head_view(flat, piece)
         return ops.attention_backward(
-            self.plan, self.backward, blocks, tape.q, tape.k, tape.v, tape.out, tape.lse,
+            self.plan, self.backward, blocks, tape.q, tape.k, tape.v, tape.lse,
             grad_out, layer.window,
         )  # fmt: skip
 

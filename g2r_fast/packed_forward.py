@@ -84,7 +84,8 @@ class PackedForward(PassContext):
         out, lse = ops.attention_forward(plan, blocks, q, k, v, layer.window)
         norm_mid, mlp = self._mlp(layer, x, out, reads is not None)
         if reads is None and saved < plan.rows:
-            q, out, lse = (t[:, self.saved_rows] for t in (q, out, lse))
+            q, lse = q[:, self.saved_rows], lse[:, self.saved_rows]
+            out = out[:, self.saved_rows] if self.keep_linears else out
         return x, LayerTape(
             k=k,
             v=v,
@@ -93,7 +94,7 @@ class PackedForward(PassContext):
             query_norm_in=query_norm_in,
             q_norm=q_norm,
             q=q,
-            out=out,
+            out=out if self.keep_linears else None,
             lse=lse,
             norm_mid=norm_mid,
             mlp=mlp,

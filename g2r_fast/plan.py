@@ -214,7 +214,7 @@ class PackedPlan:
         kv_width = shape.kv_heads * shape.head_dim
         keys_and_values = 2 * kv_width * item  # every row
         into_layer = shape.hidden * item + stat  # its normalised input
-        query = (2 * heads_width + shape.hidden + 2 * shape.intermediate) * item
+        query = (heads_width + shape.hidden + 2 * shape.intermediate) * item
         query += (shape.heads + 1) * stat  # log-sum-exp per head, the second norm
         if shape.qk_norm:
             into_layer += kv_width * item + shape.kv_heads * stat

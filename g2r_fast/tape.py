@@ -59,7 +59,7 @@ class LayerTape:
     query_norm_in: NormTape  # [query, H]; `norm_in` itself, but in the last layer
     q_norm: NormTape | None  # [query, heads, head_dim]
     q: torch.Tensor  # [kv_heads, query, group, head_dim]
-    out: torch.Tensor
+    out: torch.Tensor | None  # as q, only for signals that read linears
     lse: torch.Tensor  # [kv_heads, query, group]
     norm_mid: NormTape  # [query, H]
     mlp: MlpTape
@@ -71,7 +71,7 @@ class LayerTape:
             query_norm_in=self.query_norm_in[at],
             q_norm=None if self.q_norm is None else self.q_norm[at],
             q=self.q[:, at],
-            out=self.out[:, at],
+            out=None if self.out is None else self.out[:, at],
             lse=self.lse[:, at],
             norm_mid=self.norm_mid[at],
             mlp=self.mlp[at],

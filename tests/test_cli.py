@@ -605,7 +605,7 @@ def test_show_and_compare(
     assert "line 3" in printed and "is rude" in printed and "3.2 times as fast" in printed
     ((lines, options),) = compared
     assert lines == [1, 2]
-    assert options["engine"] == "auto" and options["attribution"]["tau"] == 1.0
+    assert options == {"engine": "auto", "max_tokens": None}
 
 
 def test_help_needs_no_torch() -> None:

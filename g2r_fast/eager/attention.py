@@ -34,10 +34,10 @@ _KEY_STEP = 32
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries of one segment: rows of q/out/lse, their positions, and who comes back there."""
+    """Queries of one segment: rows of q and lse, their positions, and who comes back there."""
 
     segment: int
-    rows: slice | torch.Tensor  # of q, out and lse
+    rows: slice | torch.Tensor  # of q and lse
     positions: torch.Tensor  # [n], ascending
     lanes: tuple[int, ...] = ()  # backward only
     row: int = 0  # backward only: first of its n * lanes rows in grad_out and dq
@@ -99,15 +99,14 @@ def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(dq, dk, dv)` of attention_forward for every lane.
 
-    The probabilities of a query are computed once for all its lanes, and every block of keys uses
-    the final `lse` and row sums, so blocks add up exactly. Keys before the first live segment of a
+    The probabilities of a query are computed once for all its lanes, and both parts of its keys use
+    the final `lse` and row sums, so they add up exactly. Keys before the first live segment of a
     lane get no gradient: they cost dQ only, three products where a full backward takes five.
     """
     kv_heads, _, group, head_dim = q.shape
@@ -125,7 +124,6 @@ def attention_backward(
             shape = (-1, len(block.positions) * group, lanes, head_dim)
             path_dk, path_dv = _block_backward(
                 q[heads, block.rows],
-                out[heads, block.rows],
                 lse[heads, block.rows],
                 grad_out[heads, rows].view(shape),
                 dq[heads, rows].view(shape),
@@ -152,7 +150,6 @@ def attention_backward(
 
 def _block_backward(
     q: torch.Tensor,  # [heads, n, group, d]
-    out: torch.Tensor,
     lse: torch.Tensor,  # [heads, n, group]
     grad_out: torch.Tensor,  # [heads, n * group, lanes, d]
     dq: torch.Tensor,  # the same, overwritten
@@ -174,18 +171,23 @@ def _block_backward(
         grad = grad_out[:, merged]
         tile_q = q[:, tokens].flatten(1, 2).to(dq.dtype)
         tile_lse = lse[:, tokens].flatten(1, 2)[..., None]
-        tile_out = out[:, tokens].flatten(1, 2)[:, :, None].to(dq.dtype)
-        row_sums = (grad * tile_out).sum(-1, keepdim=True)
-        dq[:, merged] = 0
+        parts = []
+        row_sums = grad.new_zeros(*grad.shape[:3], 1)
         for a, b in ((low, min(first, high)), (max(low, first), high)):
             if a >= b:
                 continue
-            if b > first:
+            if a >= first:
                 b = first + _rounded(b - first)
             p = product_nt(tile_q, k[:, a:b]).sub_(tile_lse).exp_()
             _mask_(p, block.positions[tokens], a, b, window, 0.0)
             ds = product_nt(grad.flatten(1, 2), v[:, a:b]).view(*grad.shape[:3], b - a)
-            ds.sub_(row_sums).mul_(p[:, :, None])
+            ds.mul_(p[:, :, None])
+            row_sums += ds.sum(-1, keepdim=True)
+            parts.append((a, b, p, ds))
+        dq[:, merged] = 0
+        for a, b, p, ds in parts:
+            # The row sums of all parts, which is grad . out without keeping out.
+            ds.addcmul_(p[:, :, None], row_sums, value=-1)
             dq[:, merged] += product(ds.flatten(1, 2), k[:, a:b]).view(grad.shape)
             if a >= first:
                 here = slice(a - first, b - first)
