@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from .errors import UnsupportedModelError
 from .plan import PackedSequence, Read
 from .signal import LeafRows, Signal
 
@@ -49,8 +51,10 @@ class AutogradEngine:
         self.model = model
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
-        # Unknown until the first shared prefix, where both ways are compared.
-        self._cache_works: bool | None = None if "past_key_values" in parameters else False
+        # Both ways are compared at the first shared prefix and at every longer one: a cache of a
+        # sliding window may be right only while the window is not full.
+        self._cache_works = "past_key_values" in parameters
+        self._cache_works_to = 0
 
     def run(
         self,
@@ -63,13 +67,10 @@ class AutogradEngine:
         done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
         for prefix, members in _by_prefix(sequences):
             cache = None
-            if len(members) > 1 and prefix and self._cache_works is not False:
-                cache = self._prefix_cache(prefix)
+            if len(members) > 1 and prefix and self._cache_works:
+                cache = self._prefix_cache(sequences[members[0]], prefix)
                 done.rows_forward += len(prefix)
             for index in members:
-                if cache is not None and self._cache_works is None:
-                    self._cache_works = self._agrees(sequences[index], prefix, cache)
-                    cache = cache if self._cache_works else None
                 forward, backward = self._one(index, sequences[index], signal, cache)
                 done.rows_forward += forward
                 done.rows_backward += backward
@@ -87,14 +88,14 @@ class AutogradEngine:
         reads = [Read(index, p, 0, p) for p in sequence.reads]
         rows = LeafRows((index,), start, length)
         ids = torch.tensor(sequence.input_ids[offset:], device=self._device)
-        with torch.enable_grad(), self._linears_read(signal, rows):
+        keep = length - min(sequence.reads)
+        with torch.enable_grad(), self._linears_read(signal, rows, (len(ids), keep)):
             embeds = self.model.get_input_embeddings()(ids).detach()
             live = embeds[start - offset :].requires_grad_(True)
-            first = min(sequence.reads)
             output = self._forward(
                 torch.cat([embeds[: start - offset].detach(), live]),
                 cache,
-                keep=length - first,
+                keep,
                 output_hidden_states=signal.leaf > 0,
             )
             logits = output.logits[0]
@@ -127,22 +128,27 @@ class AutogradEngine:
         return self.model(inputs_embeds=embeds[None], use_cache=cache is not None, **kwargs)
 
     @torch.no_grad()
-    def _prefix_cache(self, prefix: tuple[int, ...]) -> Any:
+    def _prefix_cache(self, sequence: PackedSequence, prefix: tuple[int, ...]) -> Any:
+        """The model's cache of a prefix, None where it has none or a wrong one."""
         ids = torch.tensor([prefix], device=self._device)
         kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
-        return getattr(self.model(input_ids=ids, use_cache=True, **kwargs), "past_key_values", None)
+        try:
+            output = self.model(input_ids=ids, use_cache=True, **kwargs)
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None and len(prefix) > self._cache_works_to:
+                self._cache_works = self._agrees(sequence, prefix, cache)
+                self._cache_works_to = len(prefix)
+        except Exception as error:  # whatever a model raises here, the slow way still works
+            logger.info("autograd engine: the model's cache cannot be reused: %s", error)
+            self._cache_works = False
+        return cache if self._cache_works else None
 
-    @torch.no_grad()
     def _agrees(self, sequence: PackedSequence, prefix: tuple[int, ...], cache: Any) -> bool:
         """Whether this model's cache gives the logits that the whole sequence gives."""
         embed = self.model.get_input_embeddings()
         ids = torch.tensor(sequence.input_ids, device=self._device)
         whole = self._forward(embed(ids), None, keep=1).logits[0, -1].double()
-        try:
-            rest = self._forward(embed(ids[len(prefix) :]), cache, keep=1).logits[0, -1].double()
-        except Exception as error:  # whatever a model raises here, the slow way still works
-            logger.info("autograd engine: the model's cache cannot be reused: %s", error)
-            return False
+        rest = self._forward(embed(ids[len(prefix) :]), cache, keep=1).logits[0, -1].double()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
         agrees = bool((whole - rest).norm() <= tolerance * whole.norm())
         if not agrees:
@@ -150,26 +156,43 @@ class AutogradEngine:
         return agrees
 
     @contextmanager
-    def _linears_read(self, signal: Signal, rows: LeafRows) -> Iterator[None]:
-        """Show a signal that asks for it every linear layer's inputs and output gradients."""
+    def _linears_read(
+        self, signal: Signal, rows: LeafRows, computed: tuple[int, int]
+    ) -> Iterator[None]:
+        """Show a signal that asks for it every linear layer's inputs and output gradients.
+
+        `computed`: how many rows, up to the last, a layer may see: those of the forward, or of the
+        logits.
+        """
         handles = []
 
         def watch(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                first = rows.stop - output.shape[1]  # the position of its first row
-                skip = max(0, rows.start - first)
-                seen = inputs[0][0, skip:].detach()
-                where = LeafRows(rows.lanes, first + skip, rows.stop)
-                if output.requires_grad:
-                    output.register_hook(
-                        lambda grad: signal.on_linear(name, seen, grad[0, skip:, None], where)
+                if not output.requires_grad:
+                    return
+                seen = inputs[0].detach().flatten(0, -2)  # [1, rows, in], or [rows, in] as in OPT
+                if len(seen) not in computed:
+                    # Experts of a mixture: which token a row belongs to is not to be known here.
+                    raise UnsupportedModelError(
+                        self.name, [f"{name} sees {len(seen)} rows, not one for each token"]
                     )
+                first = rows.stop - len(seen)  # the position of its first row
+                skip = max(0, rows.start - first)
+                where = LeafRows(rows.lanes, first + skip, rows.stop)
+                wide = torch.promote_types(output.dtype, torch.float32)
+                scale = _COTANGENT_SCALE.get(output.dtype, 1.0)
+
+                def read(grad: Tensor) -> None:
+                    grads = grad.flatten(0, -2)[skip:, None].to(wide) / scale
+                    signal.on_linear(name, seen[skip:], grads, where)
+
+                output.register_hook(read)
 
             return hook
 
         if signal.reads_linears:
             for name, module in self.model.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, (nn.Linear, Conv1D)):
                     handles.append(module.register_forward_hook(watch(name)))
         try:
             yield

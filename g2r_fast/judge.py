@@ -9,72 +9,46 @@ logits after the last id, never parsed from text.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from .checks import (
+    Span,
+    check_no_dropout,
+    check_vocabulary,
+    position_limit,
+    read_spans,
+    render_messages,
+    token_ids,
+)
 from .errors import InputError, InputTypeError
+from .rubric import Rubric, as_rubric
 from .untrusted import UntrustedEncoder
+
+if TYPE_CHECKING:
+    import numpy
 
 __all__ = ["EncodedResponse", "Judge", "JudgeRequest", "Rubric", "as_rubric"]
 
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
-Response: TypeAlias = "str | Sequence[int]"
-Span: TypeAlias = tuple[int, int]
+TokenIds: TypeAlias = "Sequence[int] | torch.Tensor | numpy.ndarray[Any, Any]"
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | TokenIds"
+Response: TypeAlias = "str | TokenIds"
 
 SCAFFOLDS = ("grader",)
 
-_SENTINEL = "\ue000g2r\ue001"
+# Private characters and both cases: a template that changes the case of its text is found out.
+_SENTINEL = "\ue000G2r\ue001"
 _BEFORE_CONVERSATION = "Judge whether the response meets the criterion.\n\n# Conversation\n"
 _BEFORE_RESPONSE = "\n\n# Response\n"
 _BEFORE_CRITERION = "\n\n# Criterion\n"
 _QUESTION = "\n\nDoes the response meet the criterion? Answer True or False."
 _VERDICT_WITHOUT_TEMPLATE = "\n\nVerdict:"
-
-
-@dataclass(frozen=True)
-class Rubric:
-    """One rubric item: what the response must do, and its points (negative: a pitfall)."""
-
-    text: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.text, str):
-            raise InputTypeError(
-                "a rubric item's text is not a string", expected="str", got=type(self.text).__name__
-            )
-        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
-            raise InputTypeError(
-                "a rubric item's weight is not a number",
-                expected="int or float",
-                got=type(self.weight).__name__,
-            )
-        if not torch.isfinite(torch.tensor(float(self.weight))):
-            raise InputError(
-                "a rubric item's weight is not finite", expected="a number", got=self.weight
-            )
-
-
-def as_rubric(item: Rubric | str | Mapping[str, Any]) -> Rubric:
-    """`Rubric | str | {"criterion", "points"} | {"description", "weight"}` as a Rubric."""
-    if isinstance(item, Rubric):
-        return item
-    if isinstance(item, str):
-        return Rubric(item)
-    if isinstance(item, Mapping):
-        for text_key, weight_key in (("criterion", "points"), ("description", "weight")):
-            if text_key in item:
-                return Rubric(item[text_key], item.get(weight_key, 1.0))
-    raise InputTypeError(
-        "a rubric item cannot be read",
-        expected='Rubric, str, {"criterion", "points"} or {"description", "weight"}',
-        got=sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__,
-    )
 
 
 @dataclass(frozen=True)
@@ -147,9 +121,10 @@ class Judge:
         self.scaffold = scaffold
         self.on_control_ids = on_control_ids
         self.encode_untrusted = UntrustedEncoder(tokenizer)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self._token_strings: dict[int, str] = {}
         self.check_frozen()
         self._set_scaffold_ids(true, false)
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
     def from_pretrained(
@@ -198,16 +173,11 @@ class Judge:
 
     @property
     def max_positions(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return position_limit(self.model)
 
     def check_frozen(self) -> None:
         """Raise for a model in train mode with dropout; warn once about trainable weights."""
-        if self.model.training and _has_dropout(self.model):
-            raise InputError(
-                "the judge is in train mode and has dropout",
-                expected="a judge in eval mode",
-                fix="Call judge.model.eval().",
-            )
+        check_no_dropout(self.model, "judge")
         if any(p.requires_grad for p in self.model.parameters()):
             warnings.warn(
                 "the judge has trainable weights; attribution never forms their gradients, but a "
@@ -255,10 +225,10 @@ class Judge:
         """Everything before the response."""
         if isinstance(prompt, str):
             conversation = self.encode_untrusted(f"User: {prompt}")
-        elif _is_ids(prompt):
-            conversation, _, _ = self._ordinary(_ids(prompt), "prompt")
+        elif (ids := token_ids(prompt)) is not None:
+            conversation, _, _ = self._ordinary(ids, "prompt")
         else:
-            conversation = self.encode_untrusted(_render_messages(prompt))
+            conversation = self.encode_untrusted(render_messages(prompt))
         return [*self._before_conversation, *conversation, *self._before_response]
 
     def encode_response(self, response: Response) -> EncodedResponse:
@@ -266,11 +236,13 @@ class Judge:
         if isinstance(response, str):
             ids = self.encode_untrusted(response)
             return EncodedResponse(ids, list(range(len(ids))), len(ids))
-        if not _is_ids(response):
+        policy_ids = token_ids(response)
+        if policy_ids is None:
             raise InputTypeError(
-                "a response cannot be read", expected="str or token ids", got=type(response)
+                "a response cannot be read",
+                expected="str or a list of token ids",
+                got=repr(response)[:80],
             )
-        policy_ids = _ids(response)
         body = policy_ids[:-1] if policy_ids and policy_ids[-1] in self.eos_ids else policy_ids
         ids, token_index, respelled = self._ordinary(body, "response")
         return EncodedResponse(ids, token_index, len(policy_ids), respelled)
@@ -282,23 +254,20 @@ class Judge:
 
     def token_strings(self, response: Response) -> list[str]:
         """What each policy token says, for reports; partial characters show as U+FFFD."""
-        ids = self.encode_untrusted(response) if isinstance(response, str) else _ids(response)
-        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        ids = self.encode_untrusted(response) if isinstance(response, str) else token_ids(response)
+        spelled = self._token_strings
+        for i in ids or []:
+            if i not in spelled:
+                spelled[i] = self.tokenizer.decode([i], skip_special_tokens=False)
+        return [spelled[i] for i in ids or []]
 
     def _ordinary(self, ids: list[int], what: str) -> tuple[list[int], list[int], int]:
         """Ids with control ids spelled out, the index each came from, and how many there were."""
         out: list[int] = []
         index: list[int] = []
         respelled = 0
+        check_vocabulary(ids, self.vocab_size, f"a {what} id")
         for position, token_id in enumerate(ids):
-            if not 0 <= token_id < self.vocab_size:
-                raise InputError(
-                    f"a {what} id is outside the vocabulary",
-                    expected=f"0 <= id < {self.vocab_size}",
-                    got=token_id,
-                    index=position,
-                    fix="Are the ids from another tokenizer, or padded with -100?",
-                )
             spelling = [token_id]
             if token_id in self.encode_untrusted.control_ids:
                 if self.on_control_ids == "raise" and what == "response":
@@ -322,29 +291,23 @@ class Judge:
             self._before_conversation = [*_bos(self.tokenizer), *self._before_conversation]
         self._before_response = self._trusted(_BEFORE_RESPONSE)
         self._before_criterion = self._trusted(_BEFORE_CRITERION)
-        self._question = self._trusted(_QUESTION + footer)
-        self.true_id = self._next_id(_QUESTION + footer, lead + true)
-        self.false_id = self._next_id(_QUESTION + footer, lead + false)
-        if self.true_id == self.false_id:
-            raise InputError(
-                "the verdict words share a first token",
-                expected="two words that this tokenizer begins differently",
-                got=f"{true!r} and {false!r} both begin with id {self.true_id}",
-                fix='Pass other words, e.g. true="Yes", false="No".',
-            )
+        self._question, self.true_id, self.false_id = self._part(
+            _QUESTION + footer + lead, true, false
+        )
+        scaffold = [*self._before_conversation, *self._before_response, *self._before_criterion]
+        check_vocabulary(
+            [*scaffold, *self._question, self.true_id, self.false_id],
+            self.vocab_size,
+            "a scaffold id of this tokenizer",
+        )
 
     def _turn(self) -> tuple[str, str, str]:
         """Text before and after a user turn's content, and what leads the verdict word."""
         self._has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if not self._has_template:
             return "", _VERDICT_WITHOUT_TEMPLATE, " "
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SENTINEL}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # verdict first; templates that do not know it ignore it
-        )
-        parts = rendered.split(_SENTINEL)
+        user = {"role": "user", "content": _SENTINEL}
+        parts = self._render([user], add_generation_prompt=True).split(_SENTINEL)
         if len(parts) != 2:
             raise InputError(
                 "the chat template does not carry a user turn through unchanged",
@@ -352,28 +315,55 @@ class Judge:
                 got=f"{len(parts) - 1} times",
                 fix="Give the tokenizer another chat_template, or None.",
             )
-        return parts[0], parts[1], ""
+        header, footer = parts
+        # Some templates put more before an answer than they prompt for, were it one space.
+        answered = self._render([user, {"role": "assistant", "content": _SENTINEL}])
+        between = answered.split(_SENTINEL)[1]
+        lead = between.removeprefix(footer) if between.startswith(footer) else ""
+        return header, footer, lead if answered.count(_SENTINEL) == 2 else ""
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,  # verdict first; templates that do not know it ignore it
+        )
+        return text
 
     def _trusted(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _next_id(self, context: str, word: str) -> int:
-        """The id with which `word` begins when it follows `context`."""
-        before = self._trusted(context)
-        after = self._trusted(context + word)
-        if after[: len(before)] == before and len(after) > len(before):
-            return after[len(before)]
-        alone = self._trusted(word)
-        if not alone:
-            raise InputError("a verdict word has no tokens", got=repr(word))
-        return alone[0]
+    def _part(self, context: str, true: str, false: str) -> tuple[list[int], int, int]:
+        """Ids up to where `context + true` and `context + false` part, and the two next ids.
 
+        A tokenizer may join the end of the context to the word, or begin both words with the same
+        blank: as in any text of its own, the verdict is then read before or behind that.
+        """
+        with_true, with_false = self._trusted(context + true), self._trusted(context + false)
+        pairs = zip(with_true, with_false, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(with_true))
+        shared = with_true[:at]
+        if (
+            not (true.strip() and false.strip())
+            or at >= min(len(with_true), len(with_false))
+            or self._letters(shared) > self._letters(self._trusted(context))
+            or self.tokenizer.unk_token_id in (with_true[at], with_false[at])
+        ):
+            raise InputError(
+                "the verdict words share a first token, or have none",
+                expected="two words that this tokenizer begins differently",
+                got=f"{true!r} and {false!r}, spelled {self._spelling(true)} and "
+                f"{self._spelling(false)}",
+                fix='Pass other words, e.g. true="Yes", false="No".',
+            )
+        return shared, with_true[at], with_false[at]
 
-def _has_dropout(model: torch.nn.Module) -> bool:
-    if any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
-        return True
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "attention_dropout", 0.0))
+    def _letters(self, ids: list[int]) -> int:
+        return len("".join(self.tokenizer.decode(ids, skip_special_tokens=False).split()))
+
+    def _spelling(self, word: str) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(self._trusted(word)))
 
 
 def _bos(tokenizer: Any) -> list[int]:
@@ -384,44 +374,6 @@ def _bos(tokenizer: Any) -> list[int]:
     return [bos] if with_special and with_special[0] == bos else []
 
 
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.ndim == 1 and not value.is_floating_point()
-    if hasattr(value, "tolist"):  # a numpy array
-        value = value.tolist()
-    return isinstance(value, Sequence) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in value
-    )
-
-
-def _ids(value: Any) -> list[int]:
-    return value.tolist() if hasattr(value, "tolist") else list(value)
-
-
-def _render_messages(messages: Any) -> str:
-    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
-        raise InputTypeError(
-            "a prompt cannot be read",
-            expected="str, a list of messages, or token ids",
-            got=type(messages).__name__,
-        )
-    lines = []
-    for position, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            texts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
-            content = "\n".join(map(str, texts)) if None not in texts else None
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise InputTypeError(
-                "a message of a prompt cannot be read",
-                expected='{"role": str, "content": str or text parts}',
-                got=dict(message),
-                index=position,
-            )
-        lines.append(f"{message['role'].capitalize()}: {content}")
-    return "\n\n".join(lines)
-
-
 def _judge_spans(
     response: EncodedResponse, spans: Sequence[Span] | None, offset: int
 ) -> list[Span]:
@@ -429,17 +381,8 @@ def _judge_spans(
     if spans is None:
         return [(offset, offset + len(response.ids))] if response.ids else []
     result: list[Span] = []
-    floor = 0
-    for index, (start, stop) in enumerate(spans):
-        if not floor <= start <= stop <= response.token_count:
-            raise InputError(
-                "a span lies outside its response or overlaps the one before",
-                expected=f"{floor} <= start <= stop <= {response.token_count}",
-                got=(start, stop),
-                index=index,
-            )
-        floor = stop
-        inside = [j for j, t in enumerate(response.token_index) if start <= t < stop]
-        if inside:
-            result.append((offset + inside[0], offset + inside[-1] + 1))
+    for start, stop in read_spans(spans, response.token_count):
+        first, last = (bisect_left(response.token_index, token) for token in (start, stop))
+        if first < last:
+            result.append((offset + first, offset + last))
     return result

@@ -8,6 +8,7 @@ goes through a twin of the tokenizer that knows no added tokens.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from .errors import InputTypeError
 
 __all__ = ["UntrustedEncoder", "control_ids"]
 
+_SECRET = secrets.token_hex(16)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -50,14 +52,14 @@ class UntrustedEncoder:
             raise InputTypeError(
                 "untrusted text is not a string", expected="str", got=type(text).__name__
             )
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        text = _characters(text)
         if not text:
             return []
         ids, offsets = self._encode(text)
         if self.control_ids.isdisjoint(ids):
             return ids
-        # A vocabulary that holds its control tokens as ordinary pieces (SentencePiece, WordPiece)
-        # can still find one; spelling that stretch character by character cannot.
+        # What the vocabulary cannot spell comes out as its unknown id; that stretch is spelled
+        # character by character, what is still unknown as a replacement.
         safe: list[int] = []
         for token_id, (start, stop) in zip(ids, offsets, strict=True):
             if token_id in self.control_ids:
@@ -75,7 +77,7 @@ class UntrustedEncoder:
 
     def is_faithful(self, text: str, ids: list[int]) -> bool:
         """Whether ids decode back to text, up to the tokenizer's own normalisation of it."""
-        decoded = self.decode(ids)
+        text, decoded = _characters(text), self.decode(ids)
         return decoded == text or _squeezed(decoded) == _squeezed(self._normalised(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -100,7 +102,8 @@ class UntrustedEncoder:
         for character in text:
             for candidate in (character, _REPLACEMENT, "?"):
                 found = self._encode_alone(candidate)
-                if found and self.control_ids.isdisjoint(found):
+                # Nothing at all is an answer where the tokenizer drops the character itself.
+                if self.control_ids.isdisjoint(found) and (found or candidate == character):
                     ids.extend(found)
                     break
         return ids
@@ -117,6 +120,11 @@ class UntrustedEncoder:
         return normalizer.normalize_str(text) if normalizer is not None else text
 
 
+def _characters(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, no characters, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _squeezed(text: str) -> str:
     return "".join(text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").split())
 
@@ -130,4 +138,29 @@ def _twin(tokenizer: Any) -> Tokenizer | None:
     description["post_processor"] = None
     description["truncation"] = None
     description["padding"] = None
+    _hide(description["model"], control_ids(tokenizer))
     return Tokenizer.from_str(json.dumps(description))
+
+
+def _hide(model: dict[str, Any], hidden: frozenset[int]) -> None:
+    """Rename control pieces inside a vocabulary (SentencePiece's `<s>`), so no text spells them."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
+        for token_id in hidden:
+            if token_id < len(vocab):
+                vocab[token_id][0] = _hidden_name(token_id)
+        return
+    renamed = {piece: _hidden_name(i) for piece, i in vocab.items() if i in hidden}
+    model["vocab"] = {renamed.get(piece, piece): i for piece, i in vocab.items()}
+    unknown = model.get("unk_token")
+    model["unk_token"] = renamed.get(unknown, unknown)
+    if renamed and "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [
+            (a, b) for a, b in pairs if not {a, b, a + b.removeprefix(prefix)} & renamed.keys()
+        ]
+
+
+def _hidden_name(token_id: int) -> str:
+    return f"\U0010fffe{token_id} {_SECRET}"  # begins with a noncharacter; no text can guess it

@@ -27,7 +27,7 @@ __all__ = ["QueryBlock", "attention_backward", "attention_forward"]
 
 # Elements of one score tile over all kv heads: with its gradient and two small products it stays
 # in a core's second-level cache on the CPUs looked at; chosen by bench/tile_sizes.py.
-_TILE = {"cpu": 2**18, "cuda": 2**24}
+_TILE = {"cpu": 2**20, "cuda": 2**24}
 # Keys are taken in whole steps, so that products come in few shapes.
 _KEY_STEP = 32
 
@@ -184,11 +184,11 @@ def _block_backward(
             ds.mul_(p[:, :, None])
             row_sums += ds.sum(-1, keepdim=True)
             parts.append((a, b, p, ds))
-        dq[:, merged] = 0
-        for a, b, p, ds in parts:
+        for n, (a, b, p, ds) in enumerate(parts):
             # The row sums of all parts, which is grad . out without keeping out.
             ds.addcmul_(p[:, :, None], row_sums, value=-1)
-            dq[:, merged] += product(ds.flatten(1, 2), k[:, a:b]).view(grad.shape)
+            part_dq = product(ds.flatten(1, 2), k[:, a:b]).view(grad.shape)
+            dq[:, merged] = part_dq if n == 0 else dq[:, merged].add_(part_dq)
             if a >= first:
                 here = slice(a - first, b - first)
                 mixed = product_tn(tile_q, ds.flatten(2, 3))
