@@ -116,6 +116,7 @@ def attribute_batch(
             given,
             _draws(verdict, len(batch.requests), generator),
             judge.device,
+            batch.labels(),
         )
         sequences = batch.sequences()
         with _progress_bar(progress, len(sequences)) as advance:
@@ -123,7 +124,7 @@ def attribute_batch(
         attributed = time.perf_counter()
 
         own_tokens = batch.own_tokens(judge.device)
-        summary = AttributionSummary()
+        summary = AttributionSummary(attribution)
         rows = [
             rubric_rewards(
                 [

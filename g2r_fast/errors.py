@@ -56,5 +56,5 @@ class UnsupportedModelError(InputError):
         self.reasons = list(reasons)
         super().__init__(
             f"engine={engine!r} cannot serve this model: " + "; ".join(reasons),
-            fix='Use engine="auto" to fall back to autograd.',
+            fix='Use engine="auto" to fall back to autograd.' if engine == "packed" else None,
         )

@@ -16,19 +16,38 @@ __all__ = ["FAMILIES", "DecoderWeights", "Family", "LayerWeights", "Linear", "re
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: the classes its layers must be, and what distinguishes it."""
+    """One architecture: how its classes are called, and what distinguishes it."""
 
-    layer_class: str
-    attention_class: str
+    prefix: str  # of its classes in transformers
     qk_norm: bool = False
     window_in_config: bool = False  # one window for all layers, not one per layer
 
+    def expected_class(self, name: str) -> str | None:
+        """Class of the module `name` of a causal LM; None for one the engine does not know."""
+        last = name.rpartition(".")[2]
+        if last.endswith("_proj") or name == "lm_head":
+            return "Linear"
+        if last.endswith("norm"):
+            return f"{self.prefix}RMSNorm"
+        if last.isdigit():
+            return f"{self.prefix}DecoderLayer"
+        known = {
+            "": "ForCausalLM",
+            "model": "Model",
+            "self_attn": "Attention",
+            "mlp": "MLP",
+            "rotary_emb": "RotaryEmbedding",
+        }
+        if last in known:
+            return self.prefix + known[last]
+        return {"embed_tokens": "Embedding", "layers": "ModuleList"}.get(last)
+
 
 FAMILIES = {
-    "llama": Family("LlamaDecoderLayer", "LlamaAttention"),
-    "mistral": Family("MistralDecoderLayer", "MistralAttention", window_in_config=True),
-    "qwen2": Family("Qwen2DecoderLayer", "Qwen2Attention"),
-    "qwen3": Family("Qwen3DecoderLayer", "Qwen3Attention", qk_norm=True),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", window_in_config=True),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3", qk_norm=True),
 }
 
 # Rotary tables that change with the length of the batch have no single answer for packed rows.
@@ -165,33 +184,62 @@ def _reasons(model: Any) -> list[str]:
     if decoder is None or not layers or not hasattr(model, "lm_head"):
         return ["it is wrapped, or is no causal LM: no model.layers with an lm_head"]
     reasons = []
-    for layer in layers:
-        for module, expected in (
-            (layer, family.layer_class),
-            (layer.self_attn, family.attention_class),
-        ):
-            if type(module).__name__ != expected:
-                reasons.append(f"a layer is {type(module).__name__}, not {expected}")
     if getattr(config, "quantization_config", None) is not None:
         reasons.append("its weights are quantised")
-    for name, module in decoder.layers.named_modules():
-        if name.endswith("_proj") and type(module) is not nn.Linear:
-            reasons.append(f"layers.{name} is {type(module).__name__}, not a plain Linear")
-            break
-    if type(model.lm_head) is not nn.Linear:
-        reasons.append(f"lm_head is {type(model.lm_head).__name__}, not a plain Linear")
+    surprises = _module_reasons(model, family, float(config.rms_norm_eps))
+    reasons.extend(surprises)
     if config.hidden_act != "silu":
         reasons.append(f"hidden_act {config.hidden_act!r} is not 'silu'")
-    reasons.extend(_rotary_reasons(decoder.rotary_emb, layers[0].self_attn.head_dim))
+    if not surprises:  # what follows reads attributes that only the known classes have
+        attentions = [layer.self_attn for layer in layers]
+        if len({(a.head_dim, float(a.scaling)) for a in attentions}) > 1:
+            reasons.append("its layers scale attention differently")
+        reasons.extend(_rotary_reasons(decoder.rotary_emb, attentions[0].head_dim))
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         reasons.append("it is sharded or offloaded over " + ", ".join(sorted(map(str, devices))))
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         reasons.append("its weights are " + " and ".join(sorted(map(str, dtypes))))
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        reasons.append("it has forward hooks, which would be skipped")
     return reasons
+
+
+def _module_reasons(model: Any, family: Family, eps: float) -> list[str]:
+    """What of the model is not as the family has it, one reason per kind of surprise."""
+    reasons: dict[str, str] = {}
+    strange: list[str] = []  # what lies inside such a module is no surprise of its own
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in strange):
+            continue
+        shown = name or "the model"
+        last = name.rpartition(".")[2]
+        found = type(module).__name__
+        expected = family.expected_class(name)
+        if last == "act_fn":  # its class differs between versions; config.hidden_act names it
+            expected = found if found in ("SiLU", "SiLUActivation") else "SiLU"
+        if expected is None:
+            reasons.setdefault("unknown", f"it has a module {shown} ({found})")
+            strange.append(name)
+        elif found != expected or type(module).__module__.split(".")[0] not in (
+            "torch",
+            "transformers",
+        ):
+            plain = "a plain Linear" if expected == "Linear" else f"transformers' {expected}"
+            reasons.setdefault(expected, f"{shown} is {found}, not {plain}")
+            strange.append(name)
+        elif getattr(module, "variance_epsilon", eps) != eps:
+            reasons.setdefault("eps", f"{shown} has an epsilon of its own")
+        if "forward" in vars(module):
+            reasons.setdefault("forward", f"{shown} has a forward of its own")
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(_is_transformers_own, hooks)):
+            reasons.setdefault("hooks", f"{shown} has forward hooks, which would be skipped")
+    return list(reasons.values())
+
+
+def _is_transformers_own(hook: Any) -> bool:
+    """transformers 5 leaves its capture hooks on a model that was once asked for hidden states."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def _rotary_reasons(rotary: Any, head_dim: int) -> list[str]:

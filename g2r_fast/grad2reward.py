@@ -191,7 +191,8 @@ class AttributionSummary:
     FLAT = 0.999
     SPIKED = 0.9
 
-    def __init__(self) -> None:
+    def __init__(self, config: AttributionConfig) -> None:
+        self.config = config
         self._rows: list[Tensor] = []
 
     def add(self, alpha: Tensor) -> None:
@@ -213,7 +214,7 @@ class AttributionSummary:
     def alarms(self) -> list[str]:
         """What is wrong with the attributions, and what to do about it."""
         figures = self.figures()
-        if not figures:
+        if not figures or self.config.readout == "uniform":  # flat on purpose
             return []
         alarms = []
         if figures["entropy"] > self.FLAT:
@@ -235,8 +236,15 @@ class EmbeddingScores:
     leaf = 0
     reads_linears = False
 
-    def __init__(self, spans: Sequence[tuple[int, int]], readout: str, device: torch.device):
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        readout: str,
+        device: torch.device,
+        labels: Sequence[str] | None = None,
+    ):
         self.spans = spans
+        self.labels = labels  # what errors call a sequence
         self.readout = readout
         self.device = device
         self.scale: dict[int, float] = {}
@@ -293,7 +301,7 @@ class TargetSignal(EmbeddingScores):
         self.target_ids = target_ids
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
-        check_finite(logits, reads)
+        check_finite(logits, reads, self.labels)
         target = torch.tensor([self.target_ids[r.sequence] for r in reads], device=logits.device)
         values, scale = objective_cotangents(logits, target, None, "logp")
         for read, factor in zip(reads, scale.tolist(), strict=True):
@@ -317,8 +325,9 @@ class VerdictSignal(EmbeddingScores):
         given: Sequence[bool] | None,
         uniforms: Sequence[float] | None,
         device: torch.device,
+        labels: Sequence[str] | None = None,
     ):
-        super().__init__(spans, config.readout, device)
+        super().__init__(spans, config.readout, device, labels)
         self.true_id, self.false_id = true_id, false_id
         self.config = config
         self.given = given
@@ -327,7 +336,7 @@ class VerdictSignal(EmbeddingScores):
         self.logps: dict[int, float] = {}
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
-        check_finite(logits, reads)
+        check_finite(logits, reads, self.labels)
         margin = (logits[:, self.true_id] - logits[:, self.false_id]).tolist()
         logps = _log_probability(logits, self.true_id).tolist()
         chosen = []
@@ -363,14 +372,17 @@ def _log_probability(logits: Tensor, token_id: int) -> Tensor:
     return -torch.nn.functional.softplus(others.logsumexp(-1) - logits[:, token_id])
 
 
-def check_finite(logits: Tensor, reads: Sequence[Read]) -> None:
+def check_finite(
+    logits: Tensor, reads: Sequence[Read], labels: Sequence[str] | None = None
+) -> None:
     """Raise InputError where a judge's logits hold NaN or infinity."""
     finite = torch.isfinite(logits).all(-1)
     if not bool(finite.all()):
-        first = int((~finite).nonzero()[0])
+        # Reads come in the trie's order: the first offender is the caller's.
+        first = min(reads[int(i)].sequence for i in (~finite).nonzero())
         raise InputError(
             "the judge's logits are not finite",
             expected="finite logits",
-            index=f"sequence {reads[first].sequence}",
+            index=f"sequence {first}" if labels is None else labels[first],
             fix="Check the judge's weights; float16 judges may need bfloat16 or float32.",
         )

@@ -70,10 +70,15 @@ class Judgements:
     def sequences(self) -> list[PackedSequence]:
         """What the engine runs, one per judgement."""
         spans = self.attributed_spans()
+        labels = self.labels()
         return [
-            PackedSequence(request.input_ids, start)
-            for request, (start, _) in zip(self.requests, spans, strict=True)
+            PackedSequence(request.input_ids, start, label=label)
+            for request, (start, _), label in zip(self.requests, spans, labels, strict=True)
         ]
+
+    def labels(self) -> list[str]:
+        """What errors call a judgement."""
+        return [f"row {i}, item {k}" for i, of in enumerate(self.items_of) for k in range(len(of))]
 
     def attributed_spans(self) -> list[Span]:
         """From the first attributed token to behind the last, one per judgement."""

@@ -38,6 +38,7 @@ class PackedSequence:
     input_ids: Sequence[int]
     backward_start: int  # no gradient is wanted before this position
     reads: tuple[int, ...] = (-1,)  # positions whose logits are read, ascending; -1: the last
+    label: str = ""  # what errors call it; empty: its index
 
     def __post_init__(self) -> None:
         length = len(self.input_ids)
@@ -261,25 +262,25 @@ def micro_batches(
     is cut in two is computed once in each part. Raises InputError where one sequence alone needs
     more rows than max_tokens.
     """
+    alone = [len(s.input_ids) + s.backward_rows for s in sequences]
     if max_tokens is None:
-        max_tokens = sum(len(s.input_ids) + s.backward_rows for s in sequences)
-    batch: list[int] = []
-    rows = 0
-    for index, common in _in_trie_order(sequences):
-        sequence = sequences[index]
-        alone = len(sequence.input_ids) + sequence.backward_rows
-        if alone > max_tokens:
+        max_tokens = sum(alone)
+    for index, rows in enumerate(alone):
+        if rows > max_tokens:
             raise InputError(
                 "one sequence needs more rows than max_tokens",
                 expected=f"forward + backward rows <= {max_tokens}",
-                got=alone,
-                index=index,
-                fix=f"Use max_tokens >= {alone}, or None to let free memory decide.",
+                got=rows,
+                index=sequences[index].label or index,
+                fix=f"Use max_tokens >= {max(alone)}, or None to let free memory decide.",
             )
-        added = alone - common if batch else alone
+    batch: list[int] = []
+    rows = 0
+    for index, common in _in_trie_order(sequences):
+        added = alone[index] - common if batch else alone[index]
         if rows + added > max_tokens:
             yield batch
-            batch, rows, added = [], 0, alone
+            batch, rows, added = [], 0, alone[index]
         batch.append(index)
         rows += added
     if batch:

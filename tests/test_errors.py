@@ -128,16 +128,16 @@ def sharded() -> tuple[Any, Any]:
 ODD_MODELS = {
     "lora": (
         lambda: replaced(LoraLinear),
-        ["layers.0.mlp.up_proj is LoraLinear, not a plain Linear"],
+        ["model.layers.0.mlp.up_proj is LoraLinear, not a plain Linear"],
     ),
     "quantised": (
         lambda: replaced(Int8Linear),
         [
             "its weights are quantised",
-            "layers.0.mlp.up_proj is Int8Linear, not a plain Linear",
+            "model.layers.0.mlp.up_proj is Int8Linear, not a plain Linear",
         ],
     ),
-    "hooked": (hooked, ["it has forward hooks, which would be skipped"]),
+    "hooked": (hooked, ["model.layers.0.mlp has forward hooks, which would be skipped"]),
     "sharded": (sharded, ["it is sharded or offloaded over cpu, meta"]),
 }
 
@@ -203,7 +203,62 @@ def test_every_reason_is_listed() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         attribute_tokens(odd, **TOKENS, engine="packed")
     assert caught.value.reasons == [
-        "layers.0.mlp.up_proj is LoraLinear, not a plain Linear",
+        "model.layers.0 has forward hooks, which would be skipped",
+        "model.layers.0.mlp.up_proj is LoraLinear, not a plain Linear",
         "its weights are torch.bfloat16 and torch.float32",
-        "it has forward hooks, which would be skipped",
     ]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that does more than look up, as some families have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3.0 * super().forward(input)
+
+
+def scale_embedding(odd: Any) -> None:
+    embedding = ScaledEmbedding(*odd.model.embed_tokens.weight.shape)
+    embedding.weight = odd.model.embed_tokens.weight
+    odd.model.embed_tokens = embedding
+
+
+def wrap_mlp(odd: Any) -> None:
+    odd.model.layers[1].mlp = nn.Sequential(odd.model.layers[1].mlp, nn.Tanh())
+
+
+def patch_forward(odd: Any) -> None:
+    mlp = odd.model.layers[1].mlp
+    mlp.forward = lambda x, run=mlp.forward: 2.0 * run(x)
+
+
+SILENT = {
+    "model.embed_tokens is ScaledEmbedding, not transformers' Embedding": scale_embedding,
+    "model.norm is LayerNorm, not transformers' Qwen2RMSNorm": lambda odd: setattr(
+        odd.model, "norm", nn.LayerNorm(odd.config.hidden_size)
+    ),
+    "model.layers.0.input_layernorm has an epsilon of its own": lambda odd: setattr(
+        odd.model.layers[0].input_layernorm, "variance_epsilon", 0.5
+    ),
+    "model.layers.1.mlp is Sequential, not transformers' Qwen2MLP": wrap_mlp,
+    "model.layers.1.mlp has a forward of its own": patch_forward,
+    "its layers scale attention differently": lambda odd: setattr(
+        odd.model.layers[1].self_attn, "scaling", 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", SILENT)
+def test_what_packed_would_compute_wrongly_is_refused(reason: str) -> None:
+    odd = model()
+    SILENT[reason](odd)
+    with pytest.raises(UnsupportedModelError) as caught:
+        attribute_tokens(odd, **TOKENS, engine="packed")
+    assert caught.value.reasons == [reason]
+
+
+def test_the_hooks_that_transformers_leaves_behind_are_no_reason() -> None:
+    plain, asked = model(), model()
+    asked(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    wanted = attribute_tokens(plain, **TOKENS, engine="packed")
+    for score, want in zip(attribute_tokens(asked, **TOKENS, engine="packed"), wanted, strict=True):
+        assert torch.equal(score, want)

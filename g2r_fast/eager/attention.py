@@ -49,15 +49,17 @@ class _Path:
     def __init__(self, plan: PackedPlan, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype):
         kv_heads, _, head_dim = k.shape
         self._k, self._v = k, v
-        # Zeros, as keys are read in whole steps: what lies behind the path is masked, not absent.
         length = plan.length + _KEY_STEP
-        self.k = torch.zeros(kv_heads, length, head_dim, dtype=dtype, device=k.device)
-        self.v = torch.zeros_like(self.k)
+        self.k = torch.empty(kv_heads, length, head_dim, dtype=dtype, device=k.device)
+        self.v = torch.empty_like(self.k)
 
     def enter(self, segment: Segment) -> None:
         rows = slice(segment.row, segment.row + len(segment))
         self.k[:, segment.start : segment.stop] = self._k[:, rows]
         self.v[:, segment.start : segment.stop] = self._v[:, rows]
+        # Keys are read in whole steps: what lies behind the path is masked, but must be a number.
+        self.k[:, segment.stop : segment.stop + _KEY_STEP] = 0
+        self.v[:, segment.stop : segment.stop + _KEY_STEP] = 0
 
 
 def attention_forward(
