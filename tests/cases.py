@@ -514,7 +514,8 @@ OPTIONS = [
         batch(max_tokens=20),
         InputError,
         r"one sequence needs more rows than max_tokens; expected forward \+ backward rows <= 20; "
-        r"got \d+; first at index row 0, item 0\. Use max_tokens >= \d+, or None to let free memory decide",
+        r"got \d+; first at index row 0, item 0\. Use max_tokens >= \d+, or None to let free "
+        "memory decide",
         engines=("packed",),
     ),
     BadInput(

@@ -1,0 +1,49 @@
+"""Our side of the benchmarks: the only file here that imports g2r_fast's engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.workload import Workload
+from g2r_fast.decoder import FrozenDecoder
+from g2r_fast.engine import PackedEngine
+from g2r_fast.grad2reward import AttributionConfig, VerdictSignal
+from g2r_fast.plan import PackedPlan, PackedSequence
+
+__all__ = ["ours", "ours_saved_bytes"]
+
+
+def ours(model: PreTrainedModel, workload: Workload) -> tuple[list[Tensor | None], Tensor]:
+    """The workload through the packed engine, planning included; same contract as every rival.
+
+    Nothing is kept from one call to the next.
+    """
+    spans = [(workload.span(i).start, workload.span(i).stop) for i, _ in workload.judgements]
+    sequences = [
+        PackedSequence(workload.sequence(i, k).tolist(), workload.span(i).start)
+        for i, k in workload.judgements
+    ]
+    other_id = (workload.target_id + 1) % model.config.vocab_size  # log p does not read it
+    signal = VerdictSignal(
+        spans,
+        workload.target_id,
+        other_id,
+        AttributionConfig(),
+        workload.true_mask,
+        None,
+        model.device,
+    )
+    PackedEngine(model).run(sequences, signal)
+    scores = [signal.scores(j) if true else None for j, true in enumerate(workload.true_mask)]
+    return scores, torch.tensor([signal.logps[j] for j in range(len(sequences))])
+
+
+def ours_saved_bytes(model: PreTrainedModel, rows: int) -> int:
+    """Activation bytes that stay alive between forward and backward for one sequence of `rows`.
+
+    Every row carries gradient, as in `saved_bytes` of test_activation_bytes.py.
+    """
+    plan = PackedPlan.build([PackedSequence([i % 64 for i in range(rows)], 0)])
+    return FrozenDecoder(model).forward(plan).saved_bytes
