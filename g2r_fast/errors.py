@@ -5,48 +5,35 @@ from __future__ import annotations
 __all__ = ["InputError", "InputTypeError", "UnsupportedModelError"]
 
 
-def _message(
-    what: str, expected: str | None, got: object | None, index: object | None, fix: str | None
-) -> str:
-    parts = [what]
-    if expected is not None:
-        parts.append(f"expected {expected}")
-    if got is not None:
-        parts.append(f"got {got}")
-    if index is not None:
-        parts.append(f"first at index {index}")
-    text = "; ".join(parts)
-    return f"{text}. {fix}" if fix else f"{text}."
+class _Explained(Exception):
+    """`what; expected ...; got ...; first at index .... fix`, leaving out what is not known."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        got: object | None = None,
+        index: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        if index is not None:
+            parts.append(f"first at index {index}")
+        text = "; ".join(parts)
+        super().__init__(f"{text}. {fix}" if fix else f"{text}.")
 
 
-class InputError(ValueError):
+class InputError(_Explained, ValueError):
     """A value the caller passed cannot be used."""
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        expected: str | None = None,
-        got: object | None = None,
-        index: object | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(_message(what, expected, got, index, fix))
 
-
-class InputTypeError(TypeError):
+class InputTypeError(_Explained, TypeError):
     """An argument is of the wrong kind altogether."""
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        expected: str | None = None,
-        got: object | None = None,
-        index: object | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(_message(what, expected, got, index, fix))
 
 
 class UnsupportedModelError(InputError):
