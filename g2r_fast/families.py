@@ -229,7 +229,9 @@ def _module_reasons(model: Any, family: Family, eps: float) -> list[str]:
             strange.append(name)
         elif getattr(module, "variance_epsilon", eps) != eps:
             reasons.setdefault("eps", f"{shown} has an epsilon of its own")
-        if "forward" in vars(module):
+        # transformers 4 puts a module's own method back as an attribute after capturing outputs.
+        own = vars(module).get("forward")
+        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             reasons.setdefault("forward", f"{shown} has a forward of its own")
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(map(_is_transformers_own, hooks)):

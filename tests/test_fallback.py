@@ -364,6 +364,11 @@ def test_every_linear_layer_is_read(name: str) -> None:
     targets = {(0, 4): 3, (0, 9): 8, (0, len(ids[0]) - 1): 20, (1, len(ids[3]) - 1): 11}
     signal = Anywhere(targets)
     signal.reads_linears = True
+    if any("experts." in n and isinstance(m, nn.Linear) for n, m in model.named_modules()):
+        # transformers 4 has experts that are linear layers and see the rows sent to them.
+        with pytest.raises(UnsupportedModelError, match="not one for each token"):
+            AutogradEngine(model).run(sequences, signal)
+        return
     AutogradEngine(model).run(sequences, signal)
     assert all(p.grad is None for p in model.parameters())
     names = {

@@ -343,7 +343,9 @@ def test_prompts_in_every_form() -> None:
 def test_prompts_as_ids() -> None:
     tokenizer = judge().tokenizer
     conversation = [{"role": "user", "content": PROMPT}]
-    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     encoded = judge().encode_prompt(ids)
     text = tokenizer.decode(encoded)
     assert tokenizer.decode(ids) in text  # every marker is there, as text
