@@ -149,6 +149,8 @@ def attribute_batch(
         )
         counts = {**counts, **batch.counts(items)}
         stats = _stats(chosen_engine.name, judge, run, summary, counts)
+        for alarm in stats["alarms"]:
+            logger.warning("%s", alarm)
         stats["seconds"] = {
             "encode": encoded - started,
             "engine": attributed - encoded,
@@ -252,11 +254,15 @@ def _policy_attribution(
     summary.add(alpha)
     policy = alpha.new_zeros(request.token_count)
     first = request.response_span[0]
-    index = [
+    tokens = [
         t for a, b in request.response_spans for t in request.token_index[a - first : b - first]
     ]
+    index = torch.tensor(tokens, dtype=torch.int64, device=alpha.device)
+    if config.readout == "uniform":  # over policy tokens: spelling one out must not pay
+        policy[index] = 1.0 / max(1, len(set(tokens)))
+        return policy
     # Several judge tokens may spell one policy token: their shares add up on it.
-    return policy.index_add_(0, torch.tensor(index, dtype=torch.int64, device=alpha.device), alpha)
+    return policy.index_add_(0, index, alpha)
 
 
 def _stats(
@@ -264,7 +270,7 @@ def _stats(
 ) -> dict[str, Any]:
     return {
         "engine": engine,
-        "backend": "eager",
+        "backend": "eager" if engine == "packed" else "transformers",
         "device": str(judge.device),
         "dtype": str(judge.model.dtype).removeprefix("torch."),
         "rows_forward": run.rows_forward,
@@ -325,7 +331,8 @@ def _draws(
 @contextmanager
 def _plain_torch() -> Iterator[None]:
     """What a trainer may have switched on around us, off: autocast would round the gradients of a
-    float32 judge to bfloat16, inference mode has no backward, and a default device moves indices.
+    float32 judge to bfloat16, TF32 does as much to every float32 product, inference mode has no
+    backward, and a default device moves indices.
     """
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
@@ -334,6 +341,10 @@ def _plain_torch() -> Iterator[None]:
             stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
+        backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+        for products in (backend.matmul for backend in backends):
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"
         yield
 
 

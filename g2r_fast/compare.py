@@ -8,6 +8,7 @@ Both are compared on the verdict's log-odds: stock float32 autograd loses the di
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def compare(
     Medians of 3 alternating runs, on the verdict's log-odds; every objective, readout and tau
     costs the same passes.
     """
+    missing = {"logits_to_keep", "past_key_values"} - set(
+        inspect.signature(judge.model.forward).parameters
+    )
+    if missing:
+        return f"compare: the loops need a model whose forward takes {', '.join(sorted(missing))}"
+    if judge.model.dtype not in TOLERANCE:
+        return f"compare: answers are compared in float32, the judge is in {judge.model.dtype}"
     groups = [_group(judge, record) for record in records]
     groups = [g for g in groups if g.responses]
     if not groups:
@@ -158,7 +166,7 @@ def compare(
     }
     answers = {name: way() for name, way in ways.items()}
     error = max(_difference(answers["loop"], answers[name]) for name in ways)
-    tolerance = TOLERANCE.get(judge.model.dtype, 0.5)
+    tolerance = TOLERANCE[judge.model.dtype]
     if not error <= tolerance:
         return (
             f"compare: the answers differ by {error:.1e} (largest relative norm of a judgement, "
@@ -167,8 +175,10 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
         for name, way in ways.items():
+            _finish_device(judge)
             started = time.perf_counter()
             way()
+            _finish_device(judge)
             seconds[name].append(time.perf_counter() - started)
     true = [s is not None for s in answers["loop"]]
     counts = {**_loop_rows(groups, true), "g2r_fast": rows[0]}
@@ -183,6 +193,11 @@ def compare(
             f"{median(seconds[name]) / ours:5.1f}x the time of g2r_fast"
         )
     return "\n".join(lines)
+
+
+def _finish_device(judge: Judge) -> None:
+    if judge.device.type == "cuda":
+        torch.cuda.synchronize(judge.device)
 
 
 def _group(judge: Judge, record: Record) -> JudgedGroup:

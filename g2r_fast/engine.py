@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -86,30 +88,42 @@ class PackedEngine:
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> EngineRun:
-        """See `Engine.run`. Running out of CUDA memory halves max_tokens and goes on."""
+        """See `Engine.run`. Running out of CUDA memory halves the rows and goes on, with a
+        warning; a single sequence that does not fit raises InputError."""
         done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
-        budget = max_tokens if max_tokens is not None else self._budget(sequences)
-        pending = list(range(len(sequences)))
-        while pending:
-            waiting = pending
-            for batch in micro_batches([sequences[i] for i in waiting], budget):
-                chosen = [waiting[i] for i in batch]
-                plan = PackedPlan.build([sequences[i] for i in chosen])
+        if max_tokens is None:
+            max_tokens = self._budget(sequences)
+            logger.info("packed engine: max_tokens=%d from free memory", max_tokens)
+        queue = deque(micro_batches(sequences, max_tokens))
+        limit = max_tokens
+        while queue:
+            chosen = queue.popleft()
+            plan = PackedPlan.build([sequences[i] for i in chosen])
+            rows = plan.rows + plan.backward_rows
+            backward_rows = None
+            if rows <= limit or len(chosen) == 1:
                 logger.debug("packed engine: %s", plan.describe(self.decoder.shape))
-                try:
-                    backward_rows = self.decoder.run(plan, _Renamed(signal, chosen))
-                except torch.cuda.OutOfMemoryError:
-                    budget = _halved(plan, chosen)
+                backward_rows = self._attempt(plan, _Renamed(signal, chosen))
+                if backward_rows is None:
                     torch.cuda.empty_cache()
-                    break
-                done.rows_forward += plan.rows
-                done.rows_backward += backward_rows
-                done.micro_batches += 1
-                finished = set(chosen)
-                pending = [i for i in pending if i not in finished]
-                if progress is not None:
-                    progress(len(chosen))
+                    limit = _after_running_out(rows, sequences, chosen)
+            if backward_rows is None:
+                half = len(chosen) // 2
+                queue.extendleft([chosen[half:], chosen[:half]])
+                continue
+            done.rows_forward += plan.rows
+            done.rows_backward += backward_rows
+            done.micro_batches += 1
+            if progress is not None:
+                progress(len(chosen))
         return done
+
+    def _attempt(self, plan: PackedPlan, signal: Signal) -> int | None:
+        """Backward rows, or None out of CUDA memory; what was allocated is free on return."""
+        try:
+            return self.decoder.run(plan, signal)
+        except torch.cuda.OutOfMemoryError:
+            return None
 
     def _budget(self, sequences: Sequence[PackedSequence]) -> int:
         """Rows that fit into a share of the free memory, at least the longest sequence."""
@@ -142,21 +156,21 @@ class _Renamed:
         return replace(rows, lanes=tuple(self._names[lane] for lane in rows.lanes))
 
 
-def _halved(plan: PackedPlan, chosen: Sequence[int]) -> int:
-    """Half the rows of a plan that did not fit; raises where it was one sequence already."""
+def _after_running_out(
+    rows: int, sequences: Sequence[PackedSequence], chosen: Sequence[int]
+) -> int:
+    """Rows to try next; raises where it was one sequence already."""
     if len(chosen) == 1:
         raise InputError(
             "out of CUDA memory with a single sequence",
-            got=f"{plan.rows + plan.backward_rows} rows",
-            index=chosen[0],
+            got=f"{rows} rows",
+            index=sequences[chosen[0]].label or chosen[0],
             fix="Free memory on the device, or shorten the sequence.",
         )
-    longest = max(len(s.input_ids) + s.backward_rows for s in plan.sequences)
-    budget = max(longest, (plan.rows + plan.backward_rows) // 2)
     warnings.warn(
-        f"out of CUDA memory: going on with max_tokens={budget}", ResourceWarning, stacklevel=4
+        f"out of CUDA memory: going on with max_tokens={rows // 2}", ResourceWarning, stacklevel=4
     )
-    return budget
+    return rows // 2
 
 
 def _bytes_per_row(shape: DecoderShape) -> int:
@@ -167,13 +181,32 @@ def _bytes_per_row(shape: DecoderShape) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Memory this process may still take on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch holds and does not use is free for it, but not for the driver.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    found = [_available(), *_cgroup_left()]
+    known = [bytes_ for bytes_ in found if bytes_ is not None]
+    return min(known, default=4 * 2**30)  # no way to ask: small enough for a laptop
+
+
+def _available() -> int | None:
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
-        pass
-    return 4 * 2**30  # no way to ask: small enough for a laptop
+        return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")), None)
+
+
+def _cgroup_left() -> Iterator[int]:
+    """What a container's limit leaves, version 2 and version 1."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            yield int(limit.read_text()) - int(used.read_text())
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue

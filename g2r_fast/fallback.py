@@ -65,6 +65,8 @@ class AutogradEngine:
     ) -> EngineRun:
         """One sequence after the other; `max_tokens` has nothing to cut and is not used."""
         done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
+        if sequences:
+            self._check_embeddings(sequences[0].input_ids)
         for prefix, members in _by_prefix(sequences):
             cache = None
             if len(members) > 1 and prefix and self._cache_works:
@@ -111,8 +113,14 @@ class AutogradEngine:
             chosen = logits[torch.as_tensor(list(cotangents.reads), device=logits.device)]
             scale = _COTANGENT_SCALE.get(logits.dtype, 1.0)
             (grads,) = torch.autograd.grad(
-                chosen, leaf, (cotangents.values * scale).to(logits.dtype)
+                chosen,
+                leaf,
+                (cotangents.values * scale).to(logits.dtype),
+                retain_graph=scale != 1.0 and not signal.reads_linears,
             )
+            if scale != 1.0 and not signal.reads_linears and not grads.isfinite().all():
+                scale = 1.0  # large gradients: no room above
+                (grads,) = torch.autograd.grad(chosen, leaf, cotangents.values.to(logits.dtype))
         if signal.leaf > 0:
             leaf, grads = leaf[0, start - offset :], grads[0, start - offset :]
         grads = grads.to(wide) / scale
@@ -135,7 +143,9 @@ class AutogradEngine:
         try:
             output = self.model(input_ids=ids, use_cache=True, **kwargs)
             cache = getattr(output, "past_key_values", None)
-            if cache is not None and len(prefix) > self._cache_works_to:
+            if cache is None:
+                self._cache_works = False
+            elif len(prefix) > self._cache_works_to:
                 self._cache_works = self._agrees(sequence, prefix, cache)
                 self._cache_works_to = len(prefix)
         except Exception as error:  # whatever a model raises here, the slow way still works
@@ -149,11 +159,27 @@ class AutogradEngine:
         ids = torch.tensor(sequence.input_ids, device=self._device)
         whole = self._forward(embed(ids), None, keep=1).logits[0, -1].double()
         rest = self._forward(embed(ids[len(prefix) :]), cache, keep=1).logits[0, -1].double()
-        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
-        agrees = bool((whole - rest).norm() <= tolerance * whole.norm())
+        agrees = self._near(whole, rest)
         if not agrees:
             logger.info("autograd engine: the model's cache changes its logits; not reused")
         return agrees
+
+    @torch.no_grad()
+    def _check_embeddings(self, ids: Sequence[int]) -> None:
+        """Refuse a model whose answer depends on more of a token than its input embedding."""
+        at = torch.tensor([list(ids)], device=self._device)
+        embed = self.model.get_input_embeddings()
+        by_id = self.model(input_ids=at, use_cache=False).logits[0, -1].double()
+        by_embedding = self._forward(embed(at[0]), None, keep=1).logits[0, -1].double()
+        if bool(by_id.isfinite().all()) and not self._near(by_id, by_embedding):
+            raise UnsupportedModelError(
+                self.name, ["it reads more of a token than its input embedding"]
+            )
+
+    def _near(self, a: Tensor, b: Tensor) -> bool:
+        """Equal logits up to what another order of the same operations changes."""
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 2e-2
+        return bool((a - b).norm() <= tolerance * a.norm())
 
     @contextmanager
     def _linears_read(

@@ -279,7 +279,16 @@ class EmbeddingScores:
         found = self._scores.get(sequence)
         if found is None:
             return torch.zeros(last - first, device=self.device)
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(
+                "the judge's gradients are not finite",
+                index=self._label(sequence),
+                fix="float16 judges may need bfloat16 or float32.",
+            )
         return found * self.scale.get(sequence, 1.0)
+
+    def _label(self, sequence: int) -> str:
+        return f"sequence {sequence}" if self.labels is None else self.labels[sequence]
 
     def _overlap(self, rows: LeafRows, sequence: int) -> tuple[int, int] | None:
         first, last = self.spans[sequence]
@@ -312,8 +321,8 @@ class TargetSignal(EmbeddingScores):
 class VerdictSignal(EmbeddingScores):
     """Verdicts of every judgement, and the objective of those that come out True.
 
-    `decide(sequence, p_true)` says whether a judgement is True; p_true is the two-way probability
-    `sigmoid(z_true - z_false)` and the margin decides ties.
+    A judgement is True as `given` says, where verdicts are given; where `uniforms` are, if its
+    number is below the two-way probability `sigmoid(z_true - z_false)`; else if z_true > z_false.
     """
 
     def __init__(

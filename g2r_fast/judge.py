@@ -123,6 +123,7 @@ class Judge:
         self.encode_untrusted = UntrustedEncoder(tokenizer)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._token_strings: dict[int, str] = {}
+        self._warned = False
         self.check_frozen()
         self._set_scaffold_ids(true, false)
 
@@ -178,7 +179,8 @@ class Judge:
     def check_frozen(self) -> None:
         """Raise for a model in train mode with dropout; warn once about trainable weights."""
         check_no_dropout(self.model, "judge")
-        if any(p.requires_grad for p in self.model.parameters()):
+        if not self._warned and any(p.requires_grad for p in self.model.parameters()):
+            self._warned = True
             warnings.warn(
                 "the judge has trainable weights; attribution never forms their gradients, but a "
                 "judge that is trained along changes what its verdicts mean. Freeze it with "

@@ -27,7 +27,7 @@ from g2r_fast import (
     attribute_tokens,
 )
 from g2r_fast.advantages import ESTIMATORS
-from g2r_fast.grad2reward import OBJECTIVES, READOUTS
+from g2r_fast.grad2reward import OBJECTIVES, READOUTS, VerdictSignal
 from g2r_fast.reference import (
     ReferenceDecoder,
     ResponseReward,
@@ -648,6 +648,41 @@ def test_what_a_trainer_has_switched_on_does_not_reach_us(
     # What comes out can be used in a loss: a tensor of inference mode could not.
     loss = torch.ones_like(plain.token_rewards[0]).requires_grad_() * inside.token_rewards[0]
     loss.sum().backward()
+
+
+def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer's TF32 would cost a float32 judge its digits; it is off inside, and back after."""
+    seen = []
+    decide = VerdictSignal.cotangents
+
+    def precision() -> tuple[str, str]:
+        backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+        return backends[0].matmul.fp32_precision, backends[1].matmul.fp32_precision
+
+    def watched(self: Any, logits: Any, reads: Any) -> Any:
+        seen.append(precision())
+        return decide(self, logits, reads)
+
+    monkeypatch.setattr(VerdictSignal, "cotangents", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = precision()
+        run(judge_of())
+        assert precision() == before != ("ieee", "ieee")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("ieee", "ieee")}
+
+
+def test_spelling_a_control_id_out_gains_nothing_under_uniform() -> None:
+    judge = judge_of()
+    (control,) = sorted(judge.encode_untrusted.control_ids - judge.eos_ids)[:1]
+    rewards = attribute_batch(
+        judge, ["q"], [[5, control, 7]], [[Rubric("a")]], 1,
+        attribution=AttributionConfig(readout="uniform"), verdict=[[True]],
+    ).token_rewards[0]  # fmt: skip
+    assert len(judge.encode_response([5, control, 7]).ids) > 3
+    assert rewards.tolist() == pytest.approx([1 / 3] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["packed", "autograd"])

@@ -513,3 +513,20 @@ def test_progress_counts_every_sequence() -> None:
     counted: list[int] = []
     AutogradEngine(model).run(sequences, signal, None, counted.append)
     assert sum(counted) == 6
+
+
+def test_a_model_that_reads_more_than_embeddings_is_refused() -> None:
+    """Per-layer embeddings and the like look ids up again; from embeddings alone they differ."""
+    model = copy.deepcopy(model_of(next(iter(CONFIGS))))
+    forward = model.forward
+
+    def with_ids(*args: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        out = forward(*args, input_ids=input_ids, **kwargs)
+        if input_ids is not None:
+            out.logits = out.logits + 0.5 * input_ids[:, -1:, None]
+        return out
+
+    model.forward = with_ids
+    ids, spans, targets = group()
+    with pytest.raises(UnsupportedModelError, match="more of a token than its input embedding"):
+        attribute_tokens(model, ids, spans, targets, engine="autograd")

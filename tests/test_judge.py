@@ -438,18 +438,20 @@ def test_dropout_that_is_a_number_counts() -> None:
         Judge(model.train(), byte_bpe())
 
 
-def test_trainable_weights_earn_one_warning_a_batch() -> None:
+@pytest.mark.parametrize("when", ["before the judge is made", "after"])
+def test_trainable_weights_earn_one_warning(when: str) -> None:
     tokenizer = byte_bpe()
     model = tiny_model("qwen2", vocab_size=len(tokenizer), num_hidden_layers=1)
-    model.lm_head.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match="the judge has trainable weights") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.lm_head.weight.requires_grad_(when != "after")
         judge = Judge(model, tokenizer)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="the judge has trainable weights") as caught:
+        model.lm_head.weight.requires_grad_(True)
+        for _ in range(2):
             rubrics = [[RUBRIC, "is good"]]
             attribute_batch(judge, [PROMPT], [RESPONSE], rubrics, 1, verdict=[[True, True]])
-        assert len(caught) == 1 and caught[0].filename == __file__
+    (found,) = (w for w in caught if "the judge has trainable weights" in str(w.message))
+    assert found.filename == __file__
     assert all(p.grad is None for p in model.parameters())
 
 

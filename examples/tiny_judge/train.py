@@ -1,7 +1,7 @@
 """Trains the tiny judge that ships with the package.
 
     python examples/tiny_judge/train.py            # tokenizer, model, evaluation, model card
-    python examples/tiny_judge/train.py --out /tmp/tiny --steps 200 --skip-evaluation
+    python examples/tiny_judge/train.py --out build/tiny --verdict-only   # the control
 
 With the verdict as its only loss a model of this size stays at chance. So two auxiliary losses
 name the topic, at the end of every sentence of the response and of the rubric item,
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from evaluate import accuracy, evaluate
+from evaluate import evaluate
 from generate import MAX_SENTENCES, Generator, Record
 from make_tokenizer import make_tokenizer
 from model_card import write_model_card
@@ -62,6 +62,8 @@ def new_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,  # the tokenizer knows
         initializer_range=0.05,
         attn_implementation="sdpa",
     )
@@ -205,6 +207,7 @@ def train(judge: Judge, settings: Settings, log: Any = print) -> dict[str, Any]:
 def save(model: LlamaForCausalLM, folder: Path) -> None:
     """float32 weights; the config in a form that transformers 4.56 and 5 both read."""
     model.save_pretrained(folder, safe_serialization=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters", None) or {}
@@ -222,13 +225,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--verdict-only", action="store_true", help="the control run")
-    parser.add_argument("--skip-evaluation", action="store_true")
+    parser.add_argument("--evaluate-only", action="store_true", help="of the judge in --out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = Settings(
-        seed=arguments.seed, steps=arguments.steps, verdict_only=arguments.verdict_only
-    )
-    tokenizer = make_tokenizer(arguments.out)
+    metrics = arguments.out / "metrics.json"
+    if not arguments.evaluate_only:
+        settings = Settings(
+            seed=arguments.seed, steps=arguments.steps, verdict_only=arguments.verdict_only
+        )
+        run = make_judge(arguments.out, settings)
+        metrics.write_text(json.dumps({"training": {"settings": asdict(settings), **run}}))
+    training = json.loads(metrics.read_text())["training"]
+    judge = Judge.from_pretrained(arguments.out)
+    write_model_card(arguments.out, evaluate(judge, arguments.out, training))
+
+
+def make_judge(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Tokenizer and model, trained and saved to `folder`; what the training took."""
+    tokenizer = make_tokenizer(folder)
     model = new_model(len(tokenizer), settings.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # trainable weights: this is the one place that wants them
@@ -236,15 +250,8 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {settings}")
     run = train(judge, settings)
-    print(f"trained in {run['seconds']:.0f} s")
-    if settings.verdict_only:
-        print(f"accuracy {accuracy(judge, seed=1, count=500):.3f}")
-        return
-    save(model, arguments.out)
-    if arguments.skip_evaluation:
-        return
-    metrics = evaluate(judge, arguments.out, {"settings": asdict(settings), **run})
-    write_model_card(arguments.out, metrics)
+    save(model, folder)
+    return run
 
 
 if __name__ == "__main__":
