@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(STAMP)
 	@mkdir -p build
-	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --show --compare
+	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --overwrite --show --compare
 
 # The benchmarks run in their smallest form: they assert equal answers and report no speed.
 test: lint compile-only

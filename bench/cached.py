@@ -15,7 +15,6 @@ README.md in this folder lists what else was tried, with numbers.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from bench.workload import Workload
+from g2r_fast.compare import fork_cache as fork
 
 __all__ = [
     "Answer",
@@ -41,13 +41,6 @@ Answer = tuple[list[Tensor | None], Tensor]
 
 # Rows of queries per block of `prefix_attention`: of 64, 128, 256 and all, 64 and 128 were fastest.
 QUERY_BLOCK = 128
-
-
-def fork(cache: Cache) -> Cache:
-    """A cache that can be extended without touching the original; the tensors are shared."""
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked
 
 
 @torch.no_grad()

@@ -199,12 +199,16 @@ def compare(
             entry["seconds"].append(time.perf_counter() - wall)
             entry["cpu_seconds"].append(time.process_time() - cpu)
             log(f"repetition {repetition + 1}, {name}: {entry['seconds'][-1]:.2f} s")
-    return {
+    result = {
         "scenario": asdict(scenario),
         "workload": workload.describe(),
         "rivals": measured,
         "unavailable": unavailable,
     }
+    for name, entry in measured.items():
+        ratio = paired_ratio(result, name, "ours")
+        entry["times_ours"] = None if ratio is None else round(ratio, 2)
+    return result
 
 
 def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -241,6 +242,8 @@ def _run(
             sink.flush()
             os.fsync(sink.fileno())
             progress.advance(len(batch))
+    for alarm in calls.alarms:
+        print(f"alarm: {alarm}", file=sys.stderr)
     if compare is not None:
         sample = list(islice(_good(args.file), args.batch))
         options = {"engine": args.engine, "max_tokens": args.max_tokens}
@@ -285,6 +288,8 @@ class _Calls:
 
     def __init__(self, api: Any, args: argparse.Namespace) -> None:
         self.api, self.args = api, args
+        self.alarms: dict[str, None] = {}  # distinct, in the order of their first time
+        logging.getLogger("g2r_fast").setLevel(logging.ERROR)  # alarms are told once, at the end
         try:
             self.attribution = api.AttributionConfig(
                 tau=args.tau, objective=args.objective, readout=args.readout
@@ -359,6 +364,7 @@ class _Calls:
             engine=self.args.engine,
             **options,
         )
+        self.alarms.update(dict.fromkeys(result.stats.get("alarms", ())))
         return [result.select(i * group_size, (i + 1) * group_size) for i in range(len(records))]
 
 

@@ -102,7 +102,7 @@ class PackedEngine:
             rows = plan.rows + plan.backward_rows
             backward_rows = None
             if rows <= limit or len(chosen) == 1:
-                logger.debug("packed engine: %s", plan.describe(self.decoder.shape))
+                logger.info("packed engine: %s", plan.describe(self.decoder.shape))
                 backward_rows = self._attempt(plan, _Renamed(signal, chosen))
                 if backward_rows is None:
                     torch.cuda.empty_cache()

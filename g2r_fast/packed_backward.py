@@ -207,7 +207,7 @@ class PackedBackward(PassContext):
         for piece in self.pieces:
             saved = self.saved_rows[piece.saved]
             if leaf is None:
-                values = self.weights.embed[self.plan.input_ids.to(self.device)[saved]]
+                values = self.weights.embed[self.input_ids[saved]]
             else:
                 values = leaf[piece.saved]
             grads = _by_lane(dx[piece.rows], piece.lanes)

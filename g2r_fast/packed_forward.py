@@ -32,7 +32,7 @@ class PackedForward(PassContext):
 
     def run(self) -> Tape:
         weights, plan = self.weights, self.plan
-        x = weights.embed[plan.input_ids.to(self.device)].to(self.wide)  # [rows, H]
+        x = weights.embed[self.input_ids].to(self.wide)  # [rows, H]
         layers = []
         leaf = None
         for i, layer in enumerate(weights.layers):

@@ -25,6 +25,7 @@ FILE_FORMAT = "g2r_fast.AttributionBatch"
 FILE_VERSION = 1
 
 # One float per token and row each: what `padded` serves and what the file stores flat.
+BATCH_FIGURES = ("entropy", "top10_mass", "top1_mass", "alarms")
 TOKEN_FIELDS = ("token_rewards", "token_advantages", "reference_logps")
 
 
@@ -145,10 +146,13 @@ class AttributionBatch:
         return self._map(lambda tensor: tensor.to(device))
 
     def select(self, start: int, stop: int) -> AttributionBatch:
-        """Rows start to stop (as in a slice); `stats` stays that of the whole batch."""
+        """Rows start to stop (as in a slice); of `stats`, what is true of the whole batch alone
+        (means of the attributions, alarms) is left out."""
         rows = slice(start, stop)
         names = ("scores", "verdicts", "verdict_logps", "attributions", "tokens", "rubrics")
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {
+            "stats": {k: v for k, v in self.stats.items() if k not in BATCH_FIGURES}
+        }
         for name in (*names, *TOKEN_FIELDS):
             value = getattr(self, name)
             changes[name] = None if value is None else value[rows]

@@ -122,6 +122,7 @@ class PassContext:
         rows = [torch.arange(s.row, s.row + len(s)) for s in live]
         self.saved_rows = _index(torch.cat(rows) if rows else [], self.device)
         self.read_rows = _index(plan.read_rows, self.device)
+        self.input_ids = plan.input_ids.to(self.device)
         angles = plan.positions.double()[:, None] * weights.inv_freq.double().cpu()
         self.cos = (angles.cos() * weights.rotary_scaling).to(self.device, self.wide)
         self.sin = (angles.sin() * weights.rotary_scaling).to(self.device, self.wide)

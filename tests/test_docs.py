@@ -36,7 +36,6 @@ def read(name):
 def workplace(tmp_path, monkeypatch):
     """A folder in which a document's commands find the examples and may leave their outputs."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -94,18 +94,23 @@ def test_float32(family: str, readout: str) -> None:
         assert worst(packed, reference_scores(model, batch, readout)) <= FLOAT32
 
 
+def stock_loop(model: Any, batch: Batch) -> list[Tensor]:
+    """What anybody writes: the stock model, one sequence at a time, in the model's dtype."""
+    found = []
+    for ids, (start, stop), target in batch.rows:
+        embeds = model.get_input_embeddings()(torch.tensor([ids])).requires_grad_(True)
+        logits = model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+        (grad,) = torch.autograd.grad(logits.float().log_softmax(-1)[target], embeds)
+        found.append((grad * embeds.detach()).float().sum(-1)[0, start:stop])
+    return found
+
+
 @pytest.mark.parametrize("engine", ["packed", "autograd"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stock_model_agrees(family: str, engine: str) -> None:
     model = tiny_model(family)
     batch = group()
-    expected = []
-    for ids, (start, stop), target in batch.rows:
-        embeds = model.get_input_embeddings()(torch.tensor([ids])).requires_grad_(True)
-        logp = model(inputs_embeds=embeds, use_cache=False).logits[0, -1].log_softmax(-1)[target]
-        (grad,) = torch.autograd.grad(logp, embeds)
-        expected.append((grad * embeds.detach()).sum(-1)[0, start:stop])
-    assert worst(scores(model, batch, engine), expected) <= STOCK
+    assert worst(scores(model, batch, engine), stock_loop(model, batch)) <= STOCK
 
 
 def many_sequences() -> Batch:
@@ -133,8 +138,8 @@ def test_half_precision_is_as_near_as_the_plain_loop(family: str, dtype: torch.d
         errors = torch.tensor([relative_error(a, e) for a, e in zip(actual, truth, strict=True)])
         return float(errors.square().mean().sqrt())
 
-    loop = rms(scores(model, batch, "autograd"))
-    assert 1e-4 < loop < 0.5, "the loop is no yardstick here"
+    loop = rms(stock_loop(model, batch))
+    assert 1e-3 < loop < 0.2, "the loop is no yardstick here"
     assert rms(scores(model, batch)) <= 2 * loop
 
 

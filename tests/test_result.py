@@ -159,7 +159,11 @@ def test_select() -> None:
     part = batch.select(2, 4)
     assert len(part) == 2 and part.tokens == batch.tokens[2:]  # type: ignore[index]
     assert torch.equal(part.scores, batch.scores[2:])
-    assert_equal(batch.select(0, 4), batch)
+    whole = batch.select(0, 4)
+    for figure in ("entropy", "top10_mass", "top1_mass", "alarms"):
+        assert figure not in whole.stats  # of the batch they were computed over, not of a part
+        batch.stats.pop(figure, None)
+    assert_equal(whole, batch)
     assert make_batch(token_advantages=None).select(0, 1).token_advantages is None
 
 

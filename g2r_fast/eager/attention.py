@@ -37,7 +37,7 @@ class QueryBlock:
     """Queries of one segment: rows of q and lse, their positions, and who comes back there."""
 
     segment: int
-    rows: slice | torch.Tensor  # of q and lse
+    rows: slice  # of q and lse
     positions: torch.Tensor  # [n], ascending
     lanes: tuple[int, ...] = ()  # backward only
     row: int = 0  # backward only: first of its n * lanes rows in grad_out and dq
@@ -87,7 +87,7 @@ def attention_forward(
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
                 mixed = product(weights, path.v[heads, low:high]).div_(total)
-                rows = _rows_of(block.rows, tokens)
+                rows = slice(block.rows.start + tokens.start, block.rows.start + tokens.stop)
                 shape = (len(block_q), -1, *q.shape[2:])
                 out[heads, rows] = mixed.view(shape).to(out.dtype)
                 lse[heads, rows] = (largest + total.log()).view(shape[:3])
@@ -237,7 +237,7 @@ def _tiles(
     start = 0
     while start < len(positions):
         fitting = budget // (heads * group * lanes * (positions[start] + 1))
-        stop = min(len(positions), start + max(8, 1 << max(0, fitting.bit_length() - 1)))
+        stop = min(len(positions), start + (1 << max(0, fitting.bit_length() - 1)))
         low = 0 if window is None else max(0, positions[start] - window + 1)
         yield slice(start, stop), low, positions[stop - 1] + 1
         start = stop
@@ -289,12 +289,6 @@ def _along(
         path.enter(segment)
         for block in by_segment.get(index, ()):
             yield index, block
-
-
-def _rows_of(rows: slice | torch.Tensor, tokens: slice) -> slice | torch.Tensor:
-    if isinstance(rows, slice):
-        return slice(rows.start + tokens.start, rows.start + tokens.stop)
-    return rows[tokens]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
