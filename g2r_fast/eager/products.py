@@ -2,7 +2,7 @@
 
 PyTorch's float32 products on x86 CPUs run on MKL, which takes its AVX2 path on processors of other
 vendors than Intel. oneDNN, which PyTorch carries too, does not: on an AMD EPYC with AVX-512 its
-products are 2.1 to 2.4 times faster at every shape of this engine (bench/tile_sizes.py). Where that
+products are about twice as fast at every shape of this engine (bench/tile_sizes.py). Where that
 is so, float32 products go there; everywhere else, and in every other dtype, to `torch.mm`.
 
 A oneDNN kernel is generated once per shape (about 0.3 ms), so callers keep their shapes few.
