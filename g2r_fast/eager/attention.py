@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ..plan import BackwardPlan, PackedPlan, Run, Segment
-from .products import product, product_nt, product_tn
+from .products import SMALLEST, product, product_nt, product_tn
 
 __all__ = ["QueryBlock", "attention_backward", "attention_forward"]
 
@@ -76,7 +76,7 @@ def attention_forward(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for _, block in _along(plan, blocks, path):
-        for heads in _head_slices(q):
+        for heads in _head_slices(q, block, 1):
             block_q = q[heads, block.rows]
             for tokens, low, high in _tiles(block, 1, block_q, window):
                 high = _rounded(high)
@@ -122,7 +122,7 @@ def attention_backward(
         first = min((plan.segments[run.segment].start for run, *_ in live), default=segment.stop)
         first_row = block.row * group
         rows = slice(first_row, first_row + len(block.positions) * group * lanes)
-        for heads in _head_slices(q):
+        for heads in _head_slices(q, block, lanes):
             shape = (-1, len(block.positions) * group, lanes, head_dim)
             path_dk, path_dv = _block_backward(
                 q[heads, block.rows],
@@ -243,11 +243,14 @@ def _tiles(
         start = stop
 
 
-def _head_slices(q: torch.Tensor) -> Iterator[slice]:
-    """kv heads taken together: all in one batched product on a GPU, one at a time on a CPU,
-    where a tile should fit into the cache and products are not batched."""
-    step = 1 if q.device.type == "cpu" else len(q)
-    for start in range(0, len(q), step):
+def _head_slices(q: torch.Tensor, block: QueryBlock, lanes: int) -> Iterator[slice]:
+    """kv heads taken together: all in batched products on a GPU and where a block is small; else
+    one at a time, as a CPU's tile should fit into its cache."""
+    heads, _, group, head_dim = q.shape
+    keys = int(block.positions[-1]) + 1
+    size = len(block.positions) * group * lanes * keys * head_dim
+    step = 1 if q.device.type == "cpu" and size >= SMALLEST else heads
+    for start in range(0, heads, step):
         yield slice(start, start + step)
 
 

@@ -5,7 +5,8 @@ vendors than Intel. oneDNN, which PyTorch carries too, does not: on an AMD EPYC 
 products are about twice as fast at every shape of this engine (bench/tile_sizes.py). Where that
 is so, float32 products go there; everywhere else, and in every other dtype, to `torch.mm`.
 
-A oneDNN kernel is generated once per shape (about 0.3 ms), so callers keep their shapes few.
+A oneDNN kernel is generated once per shape and costs more to call, so callers keep their shapes few
+and small products stay with `torch.mm`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["product", "product_nt", "product_tn"]
+# Multiplications from which the higher rate outweighs the dearer call.
+SMALLEST = 2**21
+
+__all__ = ["SMALLEST", "product", "product_nt", "product_tn"]
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` for `[n, k]` and `[k, m]`, or both with one leading batch dimension."""
-    if _on_onednn(a, b):
+    if _on_onednn(a, b.mT):
         return _linear(a, b.mT)
     return a @ b
 
@@ -38,7 +42,7 @@ def product_tn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     `a` should be the smaller one: it may be copied.
     """
-    if _on_onednn(a, b):
+    if _on_onednn(a.mT, b.mT):
         return _linear(a.mT.contiguous(), b.mT)
     return a.mT @ b
 
@@ -57,12 +61,12 @@ def _linear(
     return result
 
 
-def _on_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _on_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `x @ weight.mT`, `[n, k]` and `[m, k]`, is one for oneDNN."""
     return (
-        a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.numel() > 0
-        and b.numel() > 0
+        x.shape[-2] * x.shape[-1] * weight.shape[-2] >= SMALLEST
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
         and _onednn_is_faster()
     )
 
