@@ -88,7 +88,7 @@ SCENARIOS: dict[str, Scenario] = {
     # Other layer shapes:
     "h512l24-float32-all-true": Scenario(model="h512l24", group_size=2, items=4),
     "0.5b-layers-float32-all-true": Scenario(model="0.5b-layers", group_size=2, items=4),
-    # What peers.md calls the smaller shape, where the slow rivals are affordable:
+    # A smaller shape, where the slow rivals are affordable:
     "h512l8-float32-smaller": Scenario(items=4, prompt=256, response=(150, 400), rivals=ALL),
 }
 
@@ -276,6 +276,13 @@ def _gemm_gflops(dtype: torch.dtype) -> float:
     return round(2 * 512 * 512 * 1536 / best / 1e9, 1)
 
 
+def command() -> str:
+    """The command line as one types it in the repository, without this machine's paths."""
+    started = Path(sys.argv[0])
+    module = "pytest" if "pytest" in started.parts else f"bench.{started.stem}"
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
+
+
 def facts() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     return {
@@ -292,7 +299,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
