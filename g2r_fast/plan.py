@@ -9,15 +9,17 @@ token-major (row = t * C + lane), all of them reading what the one forward row s
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import overload
 
 import torch
 
+from . import planner
 from .errors import InputError
-from .native import sort_with_common_prefixes
 
 __all__ = [
     "BackwardPlan",
@@ -25,6 +27,7 @@ __all__ = [
     "PackedPlan",
     "PackedSequence",
     "Read",
+    "Reads",
     "Run",
     "Segment",
     "micro_batches",
@@ -44,12 +47,19 @@ class PackedSequence:
         length = len(self.input_ids)
         if length == 0:
             raise InputError("a sequence is empty", expected="at least one token")
-        object.__setattr__(self, "reads", tuple(p + length if p < 0 else p for p in self.reads))
-        if not all(0 <= p < length for p in self.reads):
+        ids = self.input_ids
+        if not isinstance(ids, (list, tuple)):  # a tensor, say, is slow to read one by one
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            object.__setattr__(self, "input_ids", ids)
+        reads = tuple(self.reads)
+        if min(reads, default=0) < 0:
+            reads = tuple(p + length if p < 0 else p for p in reads)
+        object.__setattr__(self, "reads", reads)
+        if reads and not (min(reads) >= 0 and max(reads) < length):
             raise InputError(
                 "a read position lies outside its sequence",
                 expected=f"0 <= position < {length}",
-                got=self.reads,
+                got=reads,
             )
         if not 0 <= self.backward_start <= length:
             raise InputError(
@@ -63,7 +73,7 @@ class PackedSequence:
         return len(self.input_ids) - self.backward_start
 
 
-@dataclass
+@dataclass(slots=True)
 class Segment:
     """An unbranched stretch of the trie: tokens [start, stop) of every sequence through it."""
 
@@ -88,6 +98,41 @@ class Read:
     position: int
     segment: int
     row: int
+
+
+class Reads(Sequence[Read]):
+    """A plan's reads, made when looked at: there may be one for every token."""
+
+    def __init__(
+        self,
+        sequences: array[int],
+        positions: array[int],
+        segments: array[int],
+        rows: array[int],
+    ) -> None:
+        self.rows = rows
+        self._columns = (sequences, positions, segments, rows)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, at: int) -> Read: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Read, ...]: ...
+    def __getitem__(self, at: int | slice) -> Read | tuple[Read, ...]:
+        if isinstance(at, slice):
+            return tuple(map(Read, *(column[at] for column in self._columns)))
+        return Read(*(column[at] for column in self._columns))
+
+    def __iter__(self) -> Iterator[Read]:
+        return map(Read, *self._columns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 @dataclass(frozen=True)
@@ -136,7 +181,7 @@ class PackedPlan:
 
     sequences: tuple[PackedSequence, ...]
     segments: tuple[Segment, ...]
-    reads: tuple[Read, ...]  # by sequence, then position
+    reads: Reads  # by sequence, then position
     leaves: tuple[int, ...]  # segment in which each sequence ends
     rows: int
     saved_rows: int
@@ -145,40 +190,44 @@ class PackedPlan:
     def build(cls, sequences: Iterable[PackedSequence]) -> PackedPlan:
         """The plan of a batch, linear in its tokens after one sort of the sequences."""
         sequences = tuple(sequences)
-        trie = _Trie()
-        order = []
-        for index, common in _in_trie_order(sequences):
-            order.append(index)
-            trie.add(index, len(sequences[index].input_ids), common)
-        for index in order:
-            trie.cut(index, sequences[index].backward_start)
-        segments, leaves, paths = trie.finish(order, sequences)
-        saved_rows = 0
-        for segment in segments:
-            if segment.live:
-                segment.saved_row = saved_rows
-                saved_rows += len(segment)
-        reads = []
-        for index, sequence in enumerate(sequences):
-            for position in sequence.reads:
-                at = next(s for s in paths[index] if position < segments[s].stop)
-                row = segments[at].row + position - segments[at].start
-                reads.append(Read(index, position, at, row))
-        return cls(sequences, tuple(segments), tuple(reads), tuple(leaves), trie.rows, saved_rows)
+        order, common = planner.in_trie_order([s.input_ids for s in sequences])
+        owners = array("q", [i for i, s in enumerate(sequences) for _ in s.reads])
+        positions = array("q", [position for s in sequences for position in s.reads])
+        layout = planner.lay_out(
+            order,
+            common,
+            [len(s.input_ids) for s in sequences],
+            [s.backward_start for s in sequences],
+            owners,
+            positions,
+        )
+        segments = tuple(_segments(layout))
+        saved = (s.saved_row + len(s) for s in reversed(segments) if s.saved_row is not None)
+        return cls(
+            sequences,
+            segments,
+            reads=Reads(owners, positions, layout.read_segment, layout.read_row),
+            leaves=tuple(layout.leaf),
+            rows=segments[-1].row + len(segments[-1]) if segments else 0,
+            saved_rows=next(saved, 0),
+        )
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
         """Token ids of the forward rows `[rows]`, int64."""
-        ids = torch.empty(self.rows, dtype=torch.int64)
+        ids = array("q")
         for segment in self.segments:
-            tokens = self.sequences[segment.members[0]].input_ids[segment.start : segment.stop]
-            ids[segment.row : segment.row + len(segment)] = torch.tensor(tokens)
-        return ids
+            tokens = self.sequences[segment.members[0]].input_ids
+            ids.extend(array("q", tokens[segment.start : segment.stop]))
+        return _tensor(ids)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """Positions of the forward rows `[rows]`, int64."""
-        return torch.cat([torch.arange(s.start, s.stop) for s in self.segments])
+        # Within a segment, position and row count up together.
+        shifts = _tensor(array("q", [s.start - s.row for s in self.segments]))
+        lengths = _tensor(array("q", [s.stop - s.start for s in self.segments]))
+        return torch.arange(self.rows).add_(shifts.repeat_interleave(lengths))
 
     @property
     def unshared_rows(self) -> int:
@@ -198,10 +247,13 @@ class PackedPlan:
     def backward(self, chosen: Iterable[int]) -> BackwardPlan:
         """The backward rows of the chosen sequences."""
         chosen_set = set(chosen)
+        every = chosen_set.issuperset(range(len(self.sequences)))
         runs: list[Run] = []
         row = 0
         for index, segment in enumerate(self.segments):
-            lanes = tuple(s for s in segment.live if s in chosen_set)
+            lanes = segment.live
+            if not every:
+                lanes = tuple(filter(chosen_set.__contains__, lanes))
             if lanes:
                 assert segment.saved_row is not None
                 runs.append(Run(index, lanes, segment.start, len(segment), segment.saved_row, row))
@@ -231,7 +283,9 @@ class PackedPlan:
     @cached_property
     def read_rows(self) -> tuple[int, ...]:
         """The distinct forward rows that are read, ascending."""
-        return tuple(sorted({read.row for read in self.reads}))
+        read = torch.zeros(self.rows, dtype=torch.bool)
+        read[_tensor(self.reads.rows)] = True
+        return tuple(read.nonzero().flatten().tolist())
 
     def read_rows_in(self, segment: Segment) -> tuple[int, ...]:
         """Those of `read_rows` that lie in a segment."""
@@ -276,8 +330,9 @@ def micro_batches(
             )
     batch: list[int] = []
     rows = 0
-    for index, common in _in_trie_order(sequences):
-        added = alone[index] - common if batch else alone[index]
+    order, common = planner.in_trie_order([s.input_ids for s in sequences])
+    for index, shared in zip(order, [0, *common], strict=False):
+        added = alone[index] - shared if batch else alone[index]
         if rows + added > max_tokens:
             yield batch
             batch, rows, added = [], 0, alone[index]
@@ -287,85 +342,35 @@ def micro_batches(
         yield batch
 
 
-def _in_trie_order(sequences: Sequence[PackedSequence]) -> Iterator[tuple[int, int]]:
-    """Indices in depth-first order, each with the tokens it shares with the one before."""
-    order, shared = sort_with_common_prefixes([list(s.input_ids) for s in sequences])
-    return zip(order, [0, *shared], strict=False)
+def _segments(layout: planner.Layout) -> Iterator[Segment]:
+    lanes = tuple(layout.lanes)
+    paths: list[tuple[int, ...]] = []
+    columns = (layout.start, layout.stop, layout.row, layout.parent, layout.saved_row)
+    ranges = (layout.first, layout.last, layout.live_first, layout.live_last)
+    for start, stop, row, parent, saved, first, last, live_first, live_last in zip(
+        *columns, *ranges, strict=True
+    ):
+        path = () if parent < 0 else (*paths[parent], parent)
+        paths.append(path)
+        members = lanes[first:last]
+        live = members if live_first == first else lanes[live_first:live_last]
+        yield Segment(
+            start,
+            stop,
+            row,
+            None if parent < 0 else parent,
+            path,
+            members,
+            live,
+            None if saved < 0 else saved,
+        )
 
 
-class _Node:
-    """A trie node while the trie grows; splitting keeps the object as the lower part."""
-
-    __slots__ = ("parent", "row", "start", "stop")
-
-    def __init__(self, start: int, stop: int, row: int, parent: _Node | None) -> None:
-        self.start, self.stop, self.row, self.parent = start, stop, row, parent
-
-
-class _Trie:
-    """Grows by sequences in sorted order, so only the last path can branch."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.nodes: list[_Node] = []
-        self.leaf_of: dict[int, _Node] = {}
-        self._last: _Node | None = None
-
-    def add(self, index: int, length: int, common: int) -> None:
-        """Add a sequence that shares `common` tokens with the one added before."""
-        parent = self._last
-        while parent is not None and parent.start >= common:
-            parent = parent.parent
-        if parent is not None and common < parent.stop:
-            parent = self._split(parent, common)
-        if common < length:
-            node = _Node(common, length, self.rows, parent)
-            self.nodes.append(node)
-            self.rows += length - common
-        else:  # equal to the sequence before
-            assert self._last is not None
-            node = self._last
-        self.leaf_of[index] = self._last = node
-
-    def cut(self, index: int, position: int) -> None:
-        """Let no segment of this sequence straddle `position`."""
-        node: _Node | None = self.leaf_of[index]
-        while node is not None and node.start >= position:
-            node = node.parent
-        if node is not None and position < node.stop:
-            self._split(node, position)
-
-    def finish(
-        self, order: Sequence[int], sequences: Sequence[PackedSequence]
-    ) -> tuple[list[Segment], list[int], list[list[int]]]:
-        """Segments in row order, the leaf of each sequence and the path to it, root first."""
-        self.nodes.sort(key=lambda node: node.row)
-        number = {id(node): i for i, node in enumerate(self.nodes)}
-        segments: list[Segment] = []
-        for node in self.nodes:
-            parent = None if node.parent is None else number[id(node.parent)]
-            path = () if parent is None else (*segments[parent].path, parent)
-            segments.append(Segment(node.start, node.stop, node.row, parent, path))
-        members: list[list[int]] = [[] for _ in segments]
-        leaves = [0] * len(order)
-        paths: list[list[int]] = [[] for _ in order]
-        for index in order:
-            leaf = number[id(self.leaf_of[index])]
-            leaves[index] = leaf
-            paths[index] = [*segments[leaf].path, leaf]
-            for at in paths[index]:
-                members[at].append(index)
-        for segment, through in zip(segments, members, strict=True):
-            segment.members = tuple(through)
-            segment.live = tuple(i for i in through if sequences[i].backward_start <= segment.start)
-        return segments, leaves, paths
-
-    def _split(self, node: _Node, position: int) -> _Node:
-        upper = _Node(node.start, position, node.row, node.parent)
-        node.row += position - node.start
-        node.start, node.parent = position, upper
-        self.nodes.append(upper)
-        return upper
+def _tensor(values: array[int]) -> torch.Tensor:
+    """The same memory as a tensor; torch refuses an empty buffer."""
+    if not values:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(values, dtype=torch.int64)
 
 
 def _ratio(whole: int, part: int) -> str:
