@@ -1,0 +1,353 @@
+// Causal attention over a trie of segments, backward for many lanes.
+//
+// For a tile of queries of one head, P is computed once and serves all lanes. dP and dS are rows
+// over all keys of the path, so their row sums need no output of the forward. Keys before the first
+// run of the path get no gradient: they cost dQ only. The keys of a run get theirs from every block
+// below it, in one task and in one order.
+#pragma once
+
+#include "attention_forward.h"
+#include "attention_groups.h"
+
+namespace g2r::G2R_NS {
+
+// Values times p into a tile, and their sums per row on to `sums`.
+struct Weigh : Store {
+    const float* p;
+    float* sums;  // [rows][kWidth]
+    template <int N>
+    G2R_INLINE void operator()(i64 row, const vf (&values)[N]) const {
+        vf total = load(sums + row * kWidth);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            const vf x = values[n] * load(p + row * ld + n * kWidth);
+            store(out + row * ld + n * kWidth, x);
+            total += x;
+        }
+        store(sums + row * kWidth, total);
+    }
+};
+
+template <class S, class T>
+class BackwardTask {
+    static constexpr int kPair = Pair<T>::size;
+
+    // A run of the group that lies on the current path. Its keys' gradients gather in rows
+    // [lane][token].
+    struct LiveRun {
+        i64 run, start, stop;
+    };
+
+ public:
+    BackwardTask(const AttentionBackward& in, const BackwardGroups& groups, i64 kv_head, i64 length,
+                 i64 task)
+        : in_(in),
+          groups_(groups),
+          group_(groups.task(task)),
+          kv_head_(kv_head),
+          d_(in.head_dim),
+          q_{static_cast<const S*>(in.q), in.heads, in.head_dim},
+          k_{static_cast<const S*>(in.k), in.kv_heads, in.head_dim},
+          v_{static_cast<const S*>(in.v), in.kv_heads, in.head_dim},
+          grad_{static_cast<const S*>(in.grad_out), in.heads, in.head_dim},
+          stack_(in.segments, in.segment_count),
+          live_(in.segment_count),
+          mine_(group_.runs),
+          gathered_at_(group_.runs),
+          gathered_rows_(place_runs()),
+          dk_(gathered_rows_ * d_),
+          dv_(gathered_rows_ * d_),
+          keys_by_column_(length * d_),
+          values_by_column_(length * d_),
+          keys_by_row_(length * d_),
+          queries_(kQueryRows * d_),
+          grads_(kQueryRows * d_),
+          p_(rows_of_scores(length)),
+          slope_(in.softcap > 0.0f ? rows_of_scores(length) : 0),
+          ds_(rows_of_scores(length)),
+          narrow_ds_(kPair > 1 ? rows_of_scores(length) : 0),
+          sums_(kQueryRows * kWidth),
+          dq_(kQueryRows * d_),
+          query_pairs_(kPair > 1 ? kQueryRows * d_ : 0),
+          grad_pairs_(kPair > 1 ? kQueryRows * d_ : 0),
+          p_pairs_(kPair > 1 ? rows_of_scores(length) : 0),
+          ds_pairs_(kPair > 1 ? rows_of_scores(length) : 0) {}
+
+    void run() {
+        for (i64 i = 0; i < gathered_rows_ * d_; i++) dk_[i] = dv_[i] = 0.0f;
+        for (i64 b = group_.first; b < group_.stop; b++) {
+            const BackwardBlock& block = in_.blocks[b];
+            const LaneRange lanes =
+                lanes_in_part(group_, in_, in_.block_lanes + block.lane_at, block.lanes);
+            if (lanes.count == 0 || block.count == 0) continue;
+            enter(block, lanes);
+            const int64_t* positions = in_.positions + block.row;
+            for (i64 t = 0; t < block.count;) {
+                const i64 n = query_rows(positions + t, block.count - t, in_.window);
+                tile(block, lanes, t, n, positions + t);
+                t += n;
+            }
+        }
+        write_keys();
+    }
+
+ private:
+    static i64 rows_of_scores(i64 length) {
+        return larger(kScoreTile, kRows * length) + kPanel * (kQueryRows + 1);
+    }
+
+    // The rows that the gradients of this task's keys take, all runs together.
+    i64 place_runs() {
+        i64 rows = 0;
+        for (i64 i = 0; i < group_.runs; i++) {
+            const Run& run = groups_.run(group_, i);
+            mine_[i] = lanes_in_part(group_, in_, in_.run_lanes + run.lane_at, run.lanes);
+            gathered_at_[i] = rows;
+            rows += run.tokens * mine_[i].count;
+        }
+        return rows;
+    }
+
+    void enter(const BackwardBlock& block, LaneRange lanes) {
+        stack_.enter(
+            block.segment,
+            [&](i64 start, i64 stop, i64 row) {
+                const S *k = k_.at(row, kv_head_), *v = v_.at(row, kv_head_);
+                load_columns<T>(keys_by_column_, start, stop, k, k_.stride(), d_);
+                load_columns<T>(values_by_column_, start, stop, v, v_.stride(), d_);
+                load_by_row<T>(keys_by_row_, start, stop, k, k_.stride(), d_);
+            },
+            [&](i64 position) {
+                T* panel = values_by_column_ + position / kPanel * kPanel * d_;
+                for (i64 i = 0; i < d_; i++) {
+                    keys_by_row_[(position / kPair * d_ + i) * kPair + position % kPair] = T{};
+                    panel[packed_index<T>(i, position % kPanel)] = T{};
+                }
+            });
+        live_count_ = 0;
+        first_ = in_.segments[block.segment].stop;
+        for (i64 s = block.segment; s >= 0; s = in_.segments[s].parent) {
+            const i64 run = groups_.place_of_run(s);
+            if (run < 0) continue;
+            bool meets = false;
+            for (i64 c = 0; c < lanes.count && !meets; c++)
+                meets = place_in(run, in_.block_lanes[block.lane_at + lanes.first + c]) >= 0;
+            if (!meets) continue;
+            live_[live_count_++] = {run, in_.segments[s].start, in_.segments[s].stop};
+            first_ = in_.segments[s].start;
+        }
+    }
+
+    // Place of a lane among those of the group's run number `run` that are this task's, -1: none.
+    i64 place_in(i64 run, i64 lane) const {
+        const int64_t* lanes = in_.run_lanes + groups_.run(group_, run).lane_at;
+        return place_of(lanes + mine_[run].first, mine_[run].count, lane);
+    }
+
+    // n queries of the block from t on, all heads of the group, all lanes.
+    void tile(const BackwardBlock& block, LaneRange lanes, i64 t, i64 n, const int64_t* positions) {
+        const KeyRange keys(positions, n, in_.window);
+        const i64 own = larger(first_, keys.low);  // the first key that gets a gradient
+        const i64 own_width = own < keys.stop ? round_up(keys.stop - own, kWidth) : 0;
+        const i64 heads = in_.heads / in_.kv_heads;
+        for (i64 head = kv_head_ * heads; head < (kv_head_ + 1) * heads; head++) {
+            const i64 stride = in_.heads * d_;
+            load_rows(queries_, query_pairs_, q_.at(block.row + t, head), n, stride);
+            probabilities(block.row + t, n, head, positions, keys);
+            if constexpr (kPair > 1)
+                pair_tokens(p_pairs_, p_ + own - keys.low, n, own_width, keys.width);
+            for (i64 c = lanes.first; c < lanes.first + lanes.count; c++) {
+                const i64 row = block.backward_row + t * block.lanes + c;
+                load_rows(grads_, grad_pairs_, grad_.at(row, head), n, stride * block.lanes);
+                weighted_grads(n, positions, keys);
+                centre(n, keys.width);
+                mix_values<T>(left_ds(), keys_by_row_, d_, positions, n, keys, dq_);
+                S* dq = static_cast<S*>(in_.dq);
+                for (i64 i = 0; i < n; i++)
+                    for (i64 d = 0; d < d_; d += kWidth)
+                        store(dq + ((row + i * block.lanes) * in_.heads + head) * d_ + d,
+                              load(dq_ + i * d_ + d));
+                if (own_width == 0) continue;
+                if constexpr (kPair > 1)
+                    pair_tokens(ds_pairs_, narrow_ds_ + (own - keys.low), n, own_width, keys.width);
+                to_keys(in_.block_lanes[block.lane_at + c], positions, n, own, own_width, keys);
+            }
+        }
+    }
+
+    // Rows as operands, and as pairs of tokens where products take pairs.
+    void load_rows(T* rows, T* pairs, const S* from, i64 n, i64 stride) {
+        for (i64 i = 0; i < n; i++) copy_row<T>(rows + i * d_, from + i * stride, d_);
+        if constexpr (kPair > 1)
+            for (i64 i = 0; i < n; i += kPair)
+                pair_rows(pairs + i * d_, from + i * stride,
+                          i + 1 < n ? from + (i + 1) * stride : nullptr, d_);
+    }
+
+    template <class Row>
+    void pair_tokens(T* pairs, const Row* rows, i64 n, i64 width, i64 ld) {
+        for (i64 i = 0; i < n; i += kPair)
+            pair_rows(pairs + i * width, rows + i * ld, i + 1 < n ? rows + (i + 1) * ld : nullptr,
+                      width);
+    }
+
+    void probabilities(i64 row, i64 n, i64 head, const int64_t* positions, KeyRange keys) {
+        const i64 ld = keys.width;
+        float* scores = p_;
+        score_panels<T>(
+            queries_, keys_by_column_, d_, positions, n, keys,
+            [&](i64 first, i64 column) { return Store{scores + first * ld + column, ld}; },
+            [](i64, i64, i64, i64) {});
+        for (i64 i = 0; i < n; i++) {
+            float* p = p_ + i * ld;
+            if (in_.softcap > 0.0f) {
+                float* slope = slope_ + i * ld;
+                for (i64 k = 0; k < ld; k++) slope[k] = 0.0f;
+                soft_cap(p, positions[i] + 1 - keys.low, in_.softcap, slope);
+            }
+            hide_keys(p, positions[i], keys, in_.window);
+            const vf lse = splat(in_.lse[(row + i) * in_.heads + head]);
+            for (i64 k = 0; k < ld; k += kWidth) store(p + k, exp(load(p + k) - lse));
+        }
+    }
+
+    // P * dP, and its row sums.
+    void weighted_grads(i64 n, const int64_t* positions, KeyRange keys) {
+        const i64 ld = keys.width;
+        for (i64 i = 0; i < n * kWidth; i++) sums_[i] = 0.0f;
+        float *ds = ds_, *sums = sums_;
+        const float* p = p_;
+        score_panels<T>(
+            grads_, values_by_column_, d_, positions, n, keys,
+            [&](i64 first, i64 column) {
+                const i64 at = first * ld + column;
+                return Weigh{{ds + at, ld}, p + at, sums + first * kWidth};
+            },
+            [&](i64 first, i64 rows, i64 column, i64 vectors) {
+                for (i64 i = first; i < first + rows; i++)
+                    for (i64 v = 0; v < vectors; v++)
+                        store(ds + i * ld + column + v * kWidth, vf{});
+            });
+    }
+
+    // P * dP to dS = P * (dP - sum(P * dP)), as operands.
+    void centre(i64 n, i64 ld) {
+        for (i64 i = 0; i < n; i++) {
+            const vf total = splat(sum(load(sums_ + i * kWidth)));
+            const float* p = p_ + i * ld;
+            float* ds = ds_ + i * ld;
+            for (i64 k = 0; k < ld; k += kWidth) {
+                vf x = load(ds + k) - load(p + k) * total;
+                if (in_.softcap > 0.0f) x *= load(slope_ + i * ld + k);
+                if constexpr (kPair > 1)
+                    store(narrow_ds_ + i * ld + k, x);
+                else
+                    store(ds + k, x);
+            }
+        }
+    }
+
+    const T* left_ds() const {
+        if constexpr (kPair > 1) {
+            return narrow_ds_;
+        } else {
+            return ds_;
+        }
+    }
+
+    // dK and dV of one lane in every run on the path.
+    void to_keys(i64 lane, const int64_t* positions, i64 n, i64 own, i64 own_width, KeyRange keys) {
+        for (i64 l = 0; l < live_count_; l++) {
+            const LiveRun& live = live_[l];
+            const i64 low = larger(live.start, own), high = smaller(live.stop, keys.stop);
+            const i64 place = low < high ? place_in(live.run, lane) : -1;
+            if (place < 0) continue;
+            const i64 row =
+                gathered_at_[live.run] + place * groups_.run(group_, live.run).tokens - live.start;
+            const auto some = [&](i64 key, i64 count, i64 first) {
+                add_keys(dk_ + (row + key) * d_, ds_, ds_pairs_, queries_, query_pairs_, key, count,
+                         first, n, own, own_width, keys);
+                add_keys(dv_ + (row + key) * d_, p_, p_pairs_, grads_, grad_pairs_, key, count,
+                         first, n, own, own_width, keys);
+            };
+            const i64 seen_by_all = smaller(high, larger(low, positions[0] + 1));
+            some(low, seen_by_all - low, 0);
+            i64 first = 0;
+            for (i64 key = seen_by_all; key < high; key += kRows) {
+                while (first < n && positions[first] < key) first++;
+                some(key, smaller<i64>(kRows, high - key), first / kPair * kPair);
+            }
+        }
+    }
+
+    // out[key] += sum over the queries from `first` on of weights[query][key] * rows[query].
+    void add_keys(float* out, const float* weights, const T* weight_pairs, const T* rows,
+                  const T* row_pairs, i64 key, i64 count, i64 first, i64 n, i64 own, i64 own_width,
+                  KeyRange keys) {
+        for (i64 d = 0; d < d_; d += kPanel) {
+            const i64 vectors = smaller<i64>(kPanel, d_ - d) / kWidth;
+            if constexpr (kPair > 1) {
+                const Operand<T> left{weight_pairs + first * own_width + (key - own) * kPair, kPair,
+                                      own_width * kPair};
+                const Panel<T> right{row_pairs + first * d_ + d * kPair, d_ * kPair};
+                product<T>(left, count, right, vectors, round_up(n, kPair) - first, out + d, d_,
+                           true);
+            } else {
+                const Operand<T> left{weights + first * keys.width + key - keys.low, 1, keys.width};
+                const Panel<T> right{rows + first * d_ + d, d_};
+                product<T>(left, count, right, vectors, n - first, out + d, d_, true);
+            }
+        }
+    }
+
+    void write_keys() {
+        for (i64 i = 0; i < group_.runs; i++) {
+            const Run& run = groups_.run(group_, i);
+            for (i64 c = 0; c < mine_[i].count; c++)
+                for (i64 t = 0; t < run.tokens; t++) {
+                    const i64 from = gathered_at_[i] + c * run.tokens + t;
+                    const i64 row = run.backward_row + t * run.lanes + mine_[i].first + c;
+                    const i64 to = (row * in_.kv_heads + kv_head_) * d_;
+                    copy_row<float>(in_.dk + to, dk_ + from * d_, d_);
+                    copy_row<float>(in_.dv + to, dv_ + from * d_, d_);
+                }
+        }
+    }
+
+    const AttentionBackward& in_;
+    const BackwardGroups& groups_;
+    const BackwardGroup& group_;
+    const i64 kv_head_, d_;
+    const Heads<S> q_, k_, v_, grad_;
+    PathStack stack_;
+    Array<LiveRun> live_;
+    Array<LaneRange> mine_;
+    Array<i64> gathered_at_;
+    const i64 gathered_rows_;
+    Array<float> dk_, dv_;
+    Array<T> keys_by_column_, values_by_column_, keys_by_row_;
+    i64 live_count_ = 0, first_ = 0;
+    Array<T> queries_, grads_;
+    Array<float> p_, slope_, ds_;
+    Array<T> narrow_ds_;
+    Array<float> sums_, dq_;
+    Array<T> query_pairs_, grad_pairs_, p_pairs_, ds_pairs_;
+};
+
+template <class S, class T>
+void attention_backward_as(const AttentionBackward& in) {
+    // Runs that no block comes by get nothing.
+    const i64 row = in.kv_heads * in.head_dim;
+    constexpr i64 kZeroRows = 256;
+    parallel(ceil_div(in.key_rows, kZeroRows), [&](i64 task) {
+        const i64 first = task * kZeroRows, stop = smaller(in.key_rows, first + kZeroRows);
+        for (i64 i = first * row; i < stop * row; i++) in.dk[i] = in.dv[i] = 0.0f;
+    });
+    const BackwardGroups groups(in);
+    const i64 length = path_length(in.segments, in.segment_count);
+    parallel(groups.tasks() * in.kv_heads, [&](i64 index) {
+        BackwardTask<S, T>(in, groups, index % in.kv_heads, length, index / in.kv_heads).run();
+    });
+}
+
+}  // namespace g2r::G2R_NS

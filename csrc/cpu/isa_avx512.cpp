@@ -1,0 +1,34 @@
+// AVX-512.
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+#define G2R_NS avx512
+#define G2R_WIDTH 16
+#define G2R_VECTORS 4
+#define G2R_BF16 0
+#include "table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace g2r {
+const Kernels& avx512_kernels() { return avx512::table("avx512"); }
+}  // namespace g2r
+
+#endif

@@ -1,0 +1,395 @@
+// A layer's stages outside attention: row passes between products, a chunk of rows at a time.
+//
+// S is the storage type, T what products multiply.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace g2r::G2R_NS {
+
+// Rows whose intermediate values are alive together: few enough for the caches, and enough for
+// every thread to have some.
+inline i64 chunk_rows(i64 rows) {
+    return smaller(rows, kTaskRows * ceil_div(pool().threads(), 16));
+}
+
+// Rows of storage as what products multiply: themselves, or converted.
+template <class S, class T>
+class Operands {
+ public:
+    Operands(i64 rows, i64 width) : width_(width), data_(rows * width) {}
+    const T* of(const S* x, i64 rows) const {
+        T* const out = data_;
+        each_row(rows, [&](i64 row) { convert_row(x + row * width_, width_, out + row * width_); });
+        return out;
+    }
+
+ private:
+    i64 width_;
+    Array<T> data_;
+};
+template <class S>
+class Operands<S, S> {
+ public:
+    Operands(i64, i64) {}
+    const S* of(const S* x, i64) const { return x; }
+};
+
+template <class S>
+G2R_INLINE vf bias_at(const void* bias, i64 column) {
+    return bias == nullptr ? vf{} : load(static_cast<const S*>(bias) + column);
+}
+
+// An epilogue: use(out, values, column) for every vector of the finished numbers, `out` being where
+// it belongs in [rows][width]. Columns are a multiple of kWidth.
+template <class Out, class Use>
+G2R_INLINE auto each_vector(Out* out, i64 width, const Use& use) {
+    return [=](i64 row, i64 rows, i64 column, i64 columns, const float* tile) {
+        for (i64 r = 0; r < rows; r++)
+            for (i64 c = 0; c < columns; c += kWidth)
+                use(out + (row + r) * width + column + c, load(tile + r * kPanel + c), column + c);
+    };
+}
+
+template <class Out>
+G2R_INLINE auto store_into(Out* out, i64 width) {
+    return each_vector(out, width, [](Out* at, vf values, i64) { store(at, values); });
+}
+
+template <class S>
+G2R_INLINE auto add_into(float* out, i64 width, const void* bias) {
+    return each_vector(out, width, [=](float* at, vf values, i64 column) {
+        store(at, load(at) + (values + bias_at<S>(bias, column)));
+    });
+}
+
+// out = the norm of x, before its weight, kept as row `at` of `kept`, or nowhere: -1.
+template <class S, class T>
+G2R_INLINE void norm_forward(const float* x, i64 width, float eps, const NormRows& kept, i64 at,
+                             T* out) {
+    const float rstd = norm_rstd(x, width, eps);
+    S* normed = static_cast<S*>(kept.normed);
+    norm_row(x, width, rstd, at < 0 || normed == nullptr ? nullptr : normed + at * width, out);
+    if (at >= 0 && kept.rstd != nullptr) kept.rstd[at] = rstd;
+}
+
+// dx += the norm's input gradient; g is the gradient of its output times its weight.
+template <class S>
+G2R_INLINE void norm_backward(const float* g, i64 width, const void* normed, const float* rstd,
+                              i64 at, float* dx) {
+    const S* kept = static_cast<const S*>(normed) + at * width;
+    norm_backward_row<true>(g, width, kept, rstd[at], dx);
+}
+
+template <class S>
+Stack<S> stacked(const Linear& first, const Linear& second = {}, const Linear& third = {}) {
+    Stack<S> stack;
+    stack.add(first);
+    stack.add(second);
+    stack.add(third);
+    return stack;
+}
+
+// The heads of one projection.
+struct HeadsForward {
+    i64 heads, head_dim;
+    const void* bias;
+    const void* norm;  // or null
+    NormRows kept;
+    void* out;
+    float eps, scale;
+};
+
+// projected: [heads][head_dim], overwritten; cos null: no rotation.
+template <class S>
+G2R_INLINE void finish_heads(const HeadsForward& in, float* projected, i64 row, i64 kept,
+                             const float* cos, const float* sin) {
+    const i64 dim = in.head_dim;
+    for (i64 h = 0; h < in.heads; h++, projected += dim) {
+        float rotated[kMostHeadDim];
+        S* out = static_cast<S*>(in.out) + (row * in.heads + h) * dim;
+        if (in.bias != nullptr)
+            for (i64 d = 0; d < dim; d += kWidth)
+                store(projected + d, load(projected + d) + bias_at<S>(in.bias, h * dim + d));
+        if (in.norm != nullptr) {
+            const i64 at = kept < 0 ? -1 : kept * in.heads + h;
+            norm_forward<S>(projected, dim, in.eps, in.kept, at, projected);
+            for (i64 d = 0; d < dim; d += kWidth)
+                store(projected + d,
+                      load(projected + d) * load(static_cast<const S*>(in.norm) + d));
+        }
+        if (cos != nullptr) {
+            rotate(projected, dim / 2, cos, sin, in.scale, rotated);
+            convert_row(rotated, dim, out);
+        } else {
+            convert_row(projected, dim, out);
+        }
+    }
+}
+
+template <class S, class T>
+void qkv_forward_as(const QkvForward& in) {
+    const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
+    const Transposed<T, S> weight{stacked<S>(in.q, in.k, in.v),
+                                  static_cast<const S*>(in.input_norm)};
+    const i64 width = weight.columns(), chunk = chunk_rows(in.rows);
+    const i64 q_width = in.q.weight == nullptr ? 0 : in.q.out;
+    const i64 k_width = in.k.weight == nullptr ? 0 : in.k.out;
+    const HeadsForward q{in.heads,  dim,      in.q.bias, in.q_norm,
+                         in.q_kept, in.q_out, in.eps,    in.scaling};
+    const HeadsForward k{in.kv_heads, dim, in.k.bias, in.k_norm, in.k_kept, in.k_out, in.eps, 1.0f};
+    const HeadsForward v{in.kv_heads, dim, in.v.bias, nullptr, {}, in.v_out, in.eps, 1.0f};
+    const Array<T> normed(chunk * hidden);
+    const Array<float> projected(chunk * width);
+    for (i64 start = 0; start < in.rows; start += chunk) {
+        const i64 rows = smaller(chunk, in.rows - start);
+        each_row(rows, [&](i64 r) {
+            const i64 row = start + r;
+            norm_forward<S>(in.x + row * hidden, hidden, in.eps, in.norm, in.keep[row],
+                            normed + r * hidden);
+        });
+        multiply_into<T>({normed, hidden}, rows, weight, projected, false);
+        each_row(rows, [&](i64 r) {
+            const i64 row = start + r, kept = in.keep[row];
+            const float *cos = in.cos + row * half, *sin = in.sin + row * half;
+            float* at = projected + r * width;
+            if (in.q.weight != nullptr) finish_heads<S>(q, at, row, kept, cos, sin);
+            if (in.k.weight != nullptr) finish_heads<S>(k, at + q_width, row, kept, cos, sin);
+            if (in.v.weight != nullptr)
+                finish_heads<S>(v, at + q_width + k_width, row, kept, nullptr, nullptr);
+        });
+    }
+}
+
+// Gate and up columns that go through the products together, so that what lies between two
+// products stays in the caches however wide the layer is.
+constexpr i64 kStripe = 2 * kDepth;
+
+// Where a tile of kPanel / 2 gates beside the same ups belongs: its first row and feature, and
+// where act(gate) * up of them goes.
+template <class T>
+struct ActivatedTile {
+    i64 row, feature;
+    T* out;  // [rows][kStripe]
+    i64 columns;
+};
+
+template <Activation activation, class S, class T>
+void activate_tile(const MlpForward& in, const ActivatedTile<T>& to, i64 rows, const float* tile) {
+    for (i64 r = 0; r < rows; r++, tile += kPanel) {
+        const i64 kept = in.keep[to.row + r], at = kept * in.width + to.feature;
+        for (i64 c = 0; c < to.columns; c += kWidth) {
+            const vf gate = load(tile + c) + bias_at<S>(in.gate.bias, to.feature + c);
+            const vf up = load(tile + kPanel / 2 + c) + bias_at<S>(in.up.bias, to.feature + c);
+            const Activated act = activate<activation>(gate);
+            store(to.out + r * kStripe + c, act.value * up);
+            if (kept >= 0) {
+                store(static_cast<S*>(in.d_gate) + at + c, act.slope * up);
+                store(static_cast<S*>(in.d_up) + at + c, act.value);
+            }
+        }
+    }
+}
+
+// Output features [first, first + count) of a linear layer.
+template <class S>
+Linear outputs(Linear linear, i64 first, i64 count) {
+    linear.weight = static_cast<const S*>(linear.weight) + first * linear.in;
+    linear.out = count;
+    return linear;
+}
+
+template <class S, class T>
+void mlp_forward_as(const MlpForward& in) {
+    const i64 hidden = in.hidden, chunk = chunk_rows(in.rows);
+    const S* post_norm = static_cast<const S*>(in.post_norm);
+    const Operands<S, T> attended(chunk, in.attended_width);
+    const Array<T> normed(chunk * hidden), activated(chunk * kStripe);
+    for (i64 start = 0; start < in.rows; start += chunk) {
+        const i64 rows = smaller(chunk, in.rows - start);
+        float* x = in.x + start * hidden;
+        const S* mixed = static_cast<const S*>(in.attended) + start * in.attended_width;
+        multiply<T>({attended.of(mixed, rows), in.attended_width}, rows,
+                    Transposed<T, S>{stacked<S>(in.o)}, add_into<S>(x, hidden, in.o.bias));
+        each_row(rows, [&](i64 r) {
+            float* at = x + r * hidden;
+            norm_forward<S>(at, hidden, in.eps, in.norm, in.keep[start + r], normed + r * hidden);
+            if (in.down.bias != nullptr)
+                for (i64 h = 0; h < hidden; h += kWidth)
+                    store(at + h, load(at + h) + bias_at<S>(in.down.bias, h));
+        });
+        for (i64 first = 0; first < in.width; first += kStripe) {
+            const i64 stripe = smaller(kStripe, in.width - first);
+            const Transposed<T, S> gate_up{
+                stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
+                post_norm, stripe};
+            multiply<T>(
+                {normed, hidden}, rows, gate_up,
+                [&](i64 row, i64 here, i64 column, i64, const float* tile) {
+                    const ActivatedTile<T> to{start + row, first + column / 2,
+                                              activated + row * kStripe + column / 2,
+                                              smaller<i64>(kPanel / 2, stripe - column / 2)};
+                    switch (in.activation) {
+                        case Activation::silu:
+                            return activate_tile<Activation::silu, S>(in, to, here, tile);
+                        case Activation::gelu:
+                            return activate_tile<Activation::gelu, S>(in, to, here, tile);
+                        case Activation::gelu_tanh:
+                            return activate_tile<Activation::gelu_tanh, S>(in, to, here, tile);
+                    }
+                });
+            const Transposed<T, S> down{stacked<S>(in.down), nullptr, 0, first, stripe};
+            multiply_into<T>({activated, kStripe}, rows, down, x, true);
+        }
+    }
+}
+
+template <class S, class T>
+void mlp_backward_as(const MlpBackward& in) {
+    const i64 hidden = in.hidden, chunk = chunk_rows(in.rows);
+    const S *d_gate = static_cast<const S*>(in.d_gate), *d_up = static_cast<const S*>(in.d_up);
+    const Operands<float, T> grads(chunk, hidden);
+    const SlicedRows<T> back(chunk, 2 * kStripe);  // of a stripe of gate, then of up
+    const Array<float> dh(chunk * hidden);
+    for (i64 start = 0; start < in.rows; start += chunk) {
+        const i64 rows = smaller(chunk, in.rows - start);
+        float* dx = in.dx + start * hidden;
+        const int32_t* saved = in.saved + start;
+        const Rows<T> grad{grads.of(dx, rows), hidden};
+        for (i64 first = 0; first < in.width; first += kStripe) {
+            const i64 stripe = smaller(kStripe, in.width - first);
+            const Plain<T, S> down{stacked<S>(in.down), nullptr, first, stripe};
+            multiply(grad, rows, down,
+                     [&](i64 row, i64 here, i64 column, i64 columns, const float* tile) {
+                         for (i64 r = 0; r < here; r++) {
+                             const i64 from = saved[row + r] * in.width + first + column;
+                             for (i64 c = 0; c < columns; c += kWidth) {
+                                 const vf act = load(tile + r * kPanel + c);
+                                 store(back.at(row + r, column + c), act * load(d_gate + from + c));
+                                 store(back.at(row + r, stripe + column + c),
+                                       act * load(d_up + from + c));
+                             }
+                         }
+                     });
+            const Plain<T, S> gate_up{
+                stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
+                static_cast<const S*>(in.post_norm)};
+            multiply_into<T>(back, rows, gate_up, dh, first > 0);
+        }
+        each_row(rows, [&](i64 r) {
+            norm_backward<S>(dh + r * hidden, hidden, in.normed, in.rstd, saved[r],
+                             dx + r * hidden);
+        });
+        S* out = static_cast<S*>(in.grad_attended) + start * in.attended_width;
+        multiply<T>({grads.of(dx, rows), hidden}, rows, Plain<T, S>{stacked<S>(in.o)},
+                    store_into(out, in.attended_width));
+    }
+}
+
+struct HeadsBackward {
+    i64 heads, head_dim;
+    const void* norm;  // or null
+    NormRows kept;
+    float scale;
+};
+
+// grads: [heads][head_dim] at a row; out: the same, before rotation, norm and scale.
+template <class S, class G, class T>
+G2R_INLINE void start_heads(const HeadsBackward& in, const G* grads, i64 saved, const float* cos,
+                            const float* sin, T* out) {
+    const i64 dim = in.head_dim;
+    for (i64 h = 0; h < in.heads; h++, grads += dim, out += dim) {
+        float wide[kMostHeadDim], grad[kMostHeadDim];
+        convert_row(grads, dim, wide);
+        rotate_back(wide, dim / 2, cos, sin, in.scale, grad);
+        if (in.norm != nullptr) {
+            const S* weight = static_cast<const S*>(in.norm);
+            for (i64 d = 0; d < dim; d += kWidth)
+                store(grad + d, load(grad + d) * load(weight + d));
+            const i64 at = saved * in.heads + h;
+            const S* normed = static_cast<const S*>(in.kept.normed) + at * dim;
+            norm_backward_row<false>(grad, dim, normed, in.kept.rstd[at], grad);
+        }
+        convert_row(grad, dim, out);
+    }
+}
+
+template <class S, class T>
+void qkv_backward_as(const QkvBackward& in) {
+    const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
+    const i64 q_width = in.heads * dim, kv_width = in.kv_heads * dim;
+    const Linear none;
+    const Plain<T, S> weight{
+        stacked<S>(in.dq != nullptr ? in.q : none, in.dk != nullptr ? in.k : none,
+                   in.dv != nullptr ? in.v : none),
+        static_cast<const S*>(in.input_norm)};
+    const i64 width = weight.depth(), chunk = chunk_rows(in.rows);
+    if (width == 0) return;
+    const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling};
+    const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f};
+    const Array<T> grads(chunk * width);
+    const Array<float> dh(chunk * hidden);
+    for (i64 start = 0; start < in.rows; start += chunk) {
+        const i64 rows = smaller(chunk, in.rows - start);
+        each_row(rows, [&](i64 r) {
+            const i64 row = start + r, saved = in.saved[row];
+            const float *cos = in.cos + saved * half, *sin = in.sin + saved * half;
+            T* out = grads + r * width;
+            if (in.dq != nullptr) {
+                start_heads<S>(q, static_cast<const S*>(in.dq) + row * q_width, saved, cos, sin,
+                               out);
+                out += q_width;
+            }
+            if (in.dk != nullptr) {
+                start_heads<S>(k, in.dk + row * kv_width, saved, cos, sin, out);
+                out += kv_width;
+            }
+            if (in.dv != nullptr) convert_row(in.dv + row * kv_width, kv_width, out);
+        });
+        multiply_into<T>({grads, width}, rows, weight, dh, false);
+        each_row(rows, [&](i64 r) {
+            norm_backward<S>(dh + r * hidden, hidden, in.normed, in.rstd, in.saved[start + r],
+                             in.dx + (start + r) * hidden);
+        });
+    }
+}
+
+template <class S, class T>
+void linear_forward_as(const LinearForward& in) {
+    const i64 columns = in.linear.out, depth = in.linear.in, chunk = chunk_rows(in.rows);
+    const Transposed<T, S> weight{stacked<S>(in.linear)};
+    const Operands<S, T> operands(chunk, depth);
+    const S* bias = static_cast<const S*>(in.linear.bias);
+    for (i64 start = 0; start < in.rows; start += chunk) {
+        const i64 rows = smaller(chunk, in.rows - start);
+        const S* x = static_cast<const S*>(in.x) + start * depth;
+        multiply<T>({operands.of(x, rows), depth}, rows, weight,
+                    [&](i64 row, i64 here, i64 column, i64 wide, const float* tile) {
+                        for (i64 r = 0; r < here; r++) {
+                            float* out = in.out + (start + row + r) * columns + column;
+                            for (i64 c = 0; c < wide; c++)
+                                out[c] = tile[r * kPanel + c] +
+                                         (bias == nullptr ? 0.0f : widen(bias[column + c]));
+                        }
+                    });
+    }
+}
+
+// In bfloat16 models: bfloat16 pairs are multiplied as such, or widened first.
+#if G2R_BF16
+using Narrow = bf16;
+#else
+using Narrow = float;
+#endif
+
+#define G2R_BY_DTYPE(name, in) \
+    (in.dtype == Dtype::f32 ? name##_as<float, float>(in) : name##_as<bf16, Narrow>(in))
+
+inline void qkv_forward(const QkvForward& in) { G2R_BY_DTYPE(qkv_forward, in); }
+inline void mlp_forward(const MlpForward& in) { G2R_BY_DTYPE(mlp_forward, in); }
+inline void mlp_backward(const MlpBackward& in) { G2R_BY_DTYPE(mlp_backward, in); }
+inline void qkv_backward(const QkvBackward& in) { G2R_BY_DTYPE(qkv_backward, in); }
+inline void linear_forward(const LinearForward& in) { G2R_BY_DTYPE(linear_forward, in); }
+
+}  // namespace g2r::G2R_NS

@@ -1,0 +1,64 @@
+// The functions that torch_ops.cpp registers: each checks its arguments and calls the table in use.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernels.h"
+#include "torch_checks.h"
+
+namespace g2r_torch {
+
+// The table that the ops call.
+const g2r::Kernels& kernels_in_use();
+
+inline g2r::Dtype dtype_of(ScalarType storage) {
+    return storage == ScalarType::Float ? g2r::Dtype::f32 : g2r::Dtype::bf16;
+}
+
+void qkv_forward(const Tensor& x, const Tensor& input_norm, const MaybeTensor& wq,
+                 const MaybeTensor& bq, const MaybeTensor& wk, const MaybeTensor& bk,
+                 const MaybeTensor& wv, const MaybeTensor& bv, const MaybeTensor& q_norm,
+                 const MaybeTensor& k_norm, const Tensor& cos, const Tensor& sin,
+                 const Tensor& keep, const Tensor& normed, const Tensor& rstd,
+                 const MaybeTensor& q_normed, const MaybeTensor& q_rstd,
+                 const MaybeTensor& k_normed, const MaybeTensor& k_rstd, const MaybeTensor& q,
+                 const MaybeTensor& k, const MaybeTensor& v, int64_t head_dim, double eps,
+                 double scaling);
+
+void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, const MaybeTensor& bo,
+                 const Tensor& post_norm, const Tensor& w_gate, const MaybeTensor& b_gate,
+                 const Tensor& w_up, const MaybeTensor& b_up, const Tensor& w_down,
+                 const MaybeTensor& b_down, const Tensor& keep, const Tensor& normed,
+                 const Tensor& rstd, const Tensor& d_gate, const Tensor& d_up, double eps,
+                 int64_t activation);
+
+void mlp_backward(const Tensor& dx, const Tensor& saved, const Tensor& wo, const Tensor& post_norm,
+                  const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                  const Tensor& normed, const Tensor& rstd, const Tensor& d_gate,
+                  const Tensor& d_up, const Tensor& grad_attended);
+
+void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
+                  const MaybeTensor& dk, const MaybeTensor& dv, const Tensor& input_norm,
+                  const MaybeTensor& wq, const MaybeTensor& wk, const MaybeTensor& wv,
+                  const MaybeTensor& q_norm, const MaybeTensor& k_norm, const Tensor& cos,
+                  const Tensor& sin, const Tensor& normed, const Tensor& rstd,
+                  const MaybeTensor& q_normed, const MaybeTensor& q_rstd,
+                  const MaybeTensor& k_normed, const MaybeTensor& k_rstd, int64_t head_dim,
+                  double scaling);
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments,
+                       const Tensor& blocks, const Tensor& positions, const Tensor& out,
+                       const Tensor& lse, int64_t window, double softcap);
+
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                        const Tensor& grad_out, const Tensor& segments, const Tensor& blocks,
+                        const Tensor& positions, const Tensor& block_lanes, const Tensor& runs,
+                        const Tensor& run_lanes, const Tensor& dq, const Tensor& dk,
+                        const Tensor& dv, int64_t window, double softcap);
+
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out);
+
+void embedding_scores(const Tensor& values, const Tensor& grads, int64_t readout,
+                      const Tensor& scores);
+
+}  // namespace g2r_torch
