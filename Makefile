@@ -21,6 +21,7 @@ TORCH ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h bench/*.cpp)
 CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -43,7 +44,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 compile-only: $(STAMP)
@@ -52,15 +53,15 @@ compile-only: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info g2r_fast/_core*.so g2r_fast/_core_missing.txt
+	rm -rf $(VENV) build dist *.egg-info g2r_fast/_core*.so g2r_fast/_cpu_ops.so g2r_fast/*_missing.txt
 
 setup: $(STAMP)
 
 # Once; again when the package's description or its compiled part changes.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py g2r_fast/building.py $(wildcard csrc/* csrc/cpu/*)
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "no Python >= 3.10 found; say make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
@@ -77,5 +78,5 @@ else
 		{ echo "no CPU build of torch found: installing the full one"; $(BIN)/pip install -q "$(CPU_TORCH)"; }
 endif
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench]"
-	@$(BIN)/python -c "import g2r_fast.native as native; print(native.status())"
+	@$(BIN)/g2r-fast doctor
 	@touch $@

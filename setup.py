@@ -1,73 +1,102 @@
-"""What pyproject.toml cannot say: where the packages lie, and a compiled part that may be left out.
+"""What pyproject.toml cannot say: where the packages lie, and compiled parts that may be left out.
 
-Building needs no torch and no GPU. Whatever goes wrong with the compiler, the install succeeds: the
-reason is kept in ``g2r_fast/_core_missing.txt``, from where ``g2r_fast.native.status()`` tells it.
+Building needs no GPU. Whatever goes wrong with the compiler, the install succeeds: the reason is
+kept in ``g2r_fast/*_missing.txt``, from where ``g2r_fast.native.status()`` tells it. An isolated
+build does not see torch's headers and leaves the CPU kernels to their first use.
 """
 
 from __future__ import annotations
 
-import re
+import importlib.util
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-COST = "everything works; finding the shared prefixes of a batch runs in Python and is slower"
+PACKAGE = Path(__file__).resolve().with_name("g2r_fast")
 
 
-class OptionalCore(build_ext):
-    """Builds g2r_fast._core where it can."""
+def load_building():
+    """g2r_fast/building.py by its path: the package may need what is not installed yet."""
+    name = "g2r_fast_building"
+    spec = importlib.util.spec_from_file_location(name, PACKAGE / "building.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    failure: str | None = None
 
-    def build_extension(self, ext: Extension) -> None:
-        try:
-            # Here and not at the top: without build isolation pybind11 may not be installed.
-            import pybind11
+building = load_building()
+PARTS = {f"g2r_fast.{part.name}": part for part in building.PARTS}
 
-            ext.include_dirs.append(pybind11.get_include())
-            super().build_extension(ext)
-        except Exception as error:  # no trouble with a compiler may fail the install
-            # Of "Command '['g++', <twenty options>]' returned ..." the compiler is enough.
-            text = re.sub(r"Command '\['([^']*)'.*\]'", r"\1", " ".join(str(error).split()))
-            self.failure = f"{type(error).__name__}: {text}"
+
+class BuildNative(build_ext):
+    """Builds what can be built, and leaves a note where something cannot."""
 
     def run(self) -> None:
+        self.failed = {}
         super().run()
         if self.inplace:
             package = Path(self.get_finalized_command("build_py").get_package_dir("g2r_fast"))
         else:
             package = Path(self.build_lib, "g2r_fast")
-        note = package / "_core_missing.txt"
-        if self.failure is None:
-            note.unlink(missing_ok=True)
-            return
         package.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"the install could not build it ({self.failure})\n", encoding="utf-8")
-        line = f"g2r_fast: the compiled part g2r_fast._core is left out ({self.failure}); {COST}"
-        print(line, file=sys.stderr)
+        for name, part in PARTS.items():
+            note = package / f"{part.name}_missing.txt"
+            if part not in self.failed:
+                note.unlink(missing_ok=True)
+                continue
+            reason = self.failed[part]
+            note.write_text(f"the install could not build it ({reason})\n", encoding="utf-8")
+            print(
+                f"g2r_fast: the compiled part {name} is left out ({reason}). `g2r-fast build`, or "
+                f"its first use, tries again; without it everything works, but {part.cost}",
+                file=sys.stderr,
+            )
 
+    def build_extensions(self) -> None:
+        """All together, so that no core is idle."""
+        outputs = {part: Path(self.get_ext_fullpath(name)) for name, part in PARTS.items()}
+        todo = {
+            part: path
+            for part, path in outputs.items()
+            if self.force or building.problem_of(part, path, PACKAGE) is not None
+        }
+        for path in todo.values():
+            path.unlink(missing_ok=True)  # one that is left over would be installed
+        self.failed = building.build(todo, PACKAGE)
 
-core = Extension(
-    "g2r_fast._core",
-    sources=["csrc/core.cpp"],
-    depends=["csrc/prefixes.h"],
-    language="c++",
-    extra_compile_args=(
-        ["/std:c++17", "/EHsc", "/O2"]
-        if sys.platform == "win32"
-        else ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"]
-    ),
-    optional=True,  # setuptools then does not look for a module that was left out
-)
+    def get_ext_filename(self, fullname: str) -> str:
+        part = PARTS[fullname if fullname in PARTS else f"g2r_fast.{fullname}"]
+        folder = Path("g2r_fast") if fullname in PARTS else Path()
+        return str(folder / part.file_name)
+
 
 setup(
-    # kernels/ lies at the top of the repository and is installed inside the package.
-    packages=[*find_packages(include=["g2r_fast", "g2r_fast.*"]), "g2r_fast.kernels"],
-    package_dir={"g2r_fast.kernels": "kernels"},
-    package_data={"g2r_fast": ["py.typed", "tiny_judge/*", "report_page/*"]},
+    # kernels/ and csrc/ lie at the top of the repository and are installed inside the package.
+    packages=[
+        *find_packages(include=["g2r_fast", "g2r_fast.*"]),
+        "g2r_fast.kernels",
+        "g2r_fast.csrc",
+    ],
+    package_dir={"g2r_fast.kernels": "kernels", "g2r_fast.csrc": "csrc"},
+    package_data={
+        "g2r_fast": ["py.typed", "tiny_judge/*", "report_page/*"],
+        "g2r_fast.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],
+    },
     include_package_data=False,
-    ext_modules=[core],
-    cmdclass={"build_ext": OptionalCore},
+    ext_modules=[
+        Extension(
+            name,
+            sources=[
+                str(path.relative_to(PACKAGE.parent))
+                for path in part.files(PACKAGE.parent / "csrc")
+                if path.suffix == ".cpp"
+            ],
+            language="c++",
+            optional=True,  # setuptools then does not look for a library that was left out
+        )
+        for name, part in PARTS.items()
+    ],
+    cmdclass={"build_ext": BuildNative},
 )

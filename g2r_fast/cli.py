@@ -10,13 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import attribute, audit, canaries
+from .commands import attribute, audit, build, canaries, doctor
 from .commands.common import UsageError
 from .records import OutputFileError
 
 __all__ = ["main"]
 
-COMMANDS = (attribute, audit, canaries)
+COMMANDS = (attribute, audit, canaries, doctor, build)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import array
 import itertools
-import shutil
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2r_fast import native
+from g2r_fast.building import CORE, PARTS, find_compiler, foreign_flags
 from g2r_fast.errors import InputTypeError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 needs_core = pytest.mark.skipif(
-    not native.status().built, reason=f"nothing to compare with: {native.status()}"
+    native.core() is None, reason=f"nothing to compare with: {native.status()}"
 )
 
 # Few token ids and long runs of one id: shared prefixes of every length, and duplicates.
@@ -44,7 +44,7 @@ def brute_force(sequences):
 
 def in_python(monkeypatch, sequences):
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_core", None)
+        patch.setattr(native, "core", lambda: None)
         return native.sort_with_common_prefixes(sequences)
 
 
@@ -58,7 +58,7 @@ def buffers(sequences, dtype=np.int64):
 def test_order_and_common_prefixes(implementation, sequences):
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "python":
-            patch.setattr(native, "_core", None)
+            patch.setattr(native, "core", lambda: None)
         assert native.sort_with_common_prefixes(sequences) == brute_force(sequences)
 
 
@@ -67,7 +67,7 @@ def test_order_and_common_prefixes(implementation, sequences):
 def test_native_equals_python_for_both_widths(sequences, dtype):
     tokens, offsets = buffers(sequences, dtype)
     expected = native._python_common_prefix_lengths(tokens.tolist(), offsets.tolist())
-    assert native._core.common_prefix_lengths(tokens, offsets) == expected
+    assert native.core().common_prefix_lengths(tokens, offsets) == expected
 
 
 @pytest.mark.parametrize(
@@ -138,70 +138,81 @@ TOKENS = np.arange(4, dtype=np.int64)
 )
 def test_hostile_buffers_are_refused(tokens, offsets, error, message):
     with pytest.raises(error, match=message):
-        native._core.common_prefix_lengths(tokens, offsets)
+        native.core().common_prefix_lengths(tokens, offsets)
 
 
 @needs_core
 def test_any_buffer_of_the_right_kind_is_read():
     tokens, offsets = array.array("i", [3, 1, 2]), memoryview(_offsets(0, 1, 3))
-    assert native._core.common_prefix_lengths(tokens, offsets) == ([1, 0], [0])
+    assert native.core().common_prefix_lengths(tokens, offsets) == ([1, 0], [0])
     empty = array.array("q")
-    assert native._core.common_prefix_lengths(empty, _offsets(0)) == ([], [])
-    assert native._core.common_prefix_lengths(empty, _offsets(0, 0, 0)) == ([0, 1], [0])
+    assert native.core().common_prefix_lengths(empty, _offsets(0)) == ([], [])
+    assert native.core().common_prefix_lengths(empty, _offsets(0, 0, 0)) == ([0, 1], [0])
 
 
 def test_status_says_what_runs():
     status = native.status()
-    assert status.built == (native._core is not None)
+    assert status.built == (native.core() is not None)
+    assert (status.path is not None) == status.built
     assert (status.reason is None) == status.built
-    assert ("compiled" if status.built else "in Python") in str(status)
+    assert ("compiled" if status.built else "not there") in str(status)
 
 
-@pytest.mark.parametrize(
-    ("found", "reason"),
-    [
-        (ModuleNotFoundError("No module named 'g2r_fast._core'"), "pip install"),
-        (ImportError("undefined symbol: _ZN3c10"), "undefined symbol: _ZN3c10"),
-        (SimpleNamespace(__file__="old.so", INTERFACE=0), "old.so has interface 0"),
-        (SimpleNamespace(__file__="old.so"), "old.so has interface None"),
-    ],
-)
-def test_a_core_that_cannot_serve_is_left_alone_with_its_reason(
-    monkeypatch, tmp_path, found, reason
-):
-    def load(name):
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    monkeypatch.setattr(native.importlib, "import_module", load)
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))  # no note of an install
-    core, status = native._load()
-    assert core is None and not status.built
-    assert reason in status.reason
+@needs_core
+@pytest.mark.parametrize("found", [0, None])
+def test_a_core_of_another_interface_is_left_alone(monkeypatch, found):
+    path = Path(native.status().path)
+    if found is None:
+        monkeypatch.delattr(native.core(), "INTERFACE")
+    else:
+        monkeypatch.setattr(native.core(), "INTERFACE", found)
+    # Python hands out the module that it has, changed as it is.
+    module = native.core()
+    monkeypatch.setattr(native.importlib.util, "module_from_spec", lambda spec: module)
+    monkeypatch.setattr(
+        native.importlib.util,
+        "spec_from_file_location",
+        lambda *_: SimpleNamespace(loader=NoLoader),
+    )
+    _, status = native.load_part(CORE, native._load_core, build=False)
+    assert f"{path} does not load" in status.reason
+    assert f"its interface is {found} where this version needs" in status.reason
 
 
-def test_the_note_of_a_failed_build_is_the_reason(monkeypatch, tmp_path):
-    def load(name):
-        raise ModuleNotFoundError(name)
-
-    (tmp_path / "_core_missing.txt").write_text("no g++ here\n", encoding="utf-8")
-    monkeypatch.setattr(native.importlib, "import_module", load)
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native._load()[1].reason == "no g++ here"
+class NoLoader:
+    @staticmethod
+    def exec_module(module):
+        pass
 
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
+COMPILER = find_compiler()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
-def test_the_sources_compile_without_a_warning():
-    import pybind11
-
-    foreign = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wshadow"]
-    command += [part for path in foreign for part in ("-isystem", path)]
-    sources = sorted(map(str, (ROOT / "csrc").glob("*.cpp")))
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_the_sources_compile_without_a_warning(part):
+    sources = [path for path in part.files(ROOT / "csrc") if path.suffix == ".cpp"]
     assert sources
-    done = subprocess.run([*command, *sources], capture_output=True, text=True, check=False)
+    foreign, _ = foreign_flags(part)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wshadow", *part.flags[1:], *foreign]
+    done = subprocess.run(
+        [*COMPILER, "-fsyntax-only", *flags, *map(str, sources)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+
+
+IMPORT = """
+import sys
+import g2r_fast
+loaded = [name for name in ("torch", "transformers", "g2r_fast.native") if name in sys.modules]
+assert not loaded, loaded
+import g2r_fast.native
+assert "torch" not in sys.modules
+"""
+
+
+def test_importing_the_package_loads_neither_torch_nor_the_ops():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True, cwd=ROOT)

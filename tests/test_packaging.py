@@ -3,6 +3,9 @@
 kernels/ lies at the top of the repository, where another distribution owns that name, and is part
 of the package g2r_fast: in a wheel, in an editable install and in a plain clone, beside that other
 package too. All of it happens in fresh virtual environments that borrow this one's libraries.
+
+The tables of CPU kernels, half a minute of compiling, are left empty in the copies: what is tested
+is that the library gets built, installed and loaded.
 """
 
 from __future__ import annotations
@@ -21,30 +24,52 @@ from pathlib import Path
 
 import pytest
 
+from g2r_fast.building import find_compiler
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis",
-    "*.so", "_core_missing.txt",
+    "*.so", "*_missing.txt",
 )  # fmt: skip
-HAS_COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
+NO_KERNELS = """
+#include "kernels.h"
+namespace g2r {
+const Kernels& NAME_kernels() {
+    static const Kernels none{"NAME", false, 0, 0, 0, 0, 0, 0, 0, 0};
+    return none;
+}
+}  // namespace g2r
+"""
+HAS_COMPILER = find_compiler() is not None
 
 FIND = """
 import json, sys
 import g2r_fast, g2r_fast.kernels.row_dot as row_dot, g2r_fast.native as native
-status = native.status()
+sorted = native.sort_with_common_prefixes([[2, 1], [1, 3], [1, 2]])
+status, ops = native.status(), None
+if "ops" in sys.argv:
+    import g2r_fast.native_ops, torch
+    ops = g2r_fast.native_ops.load() or "cpu kernels: " + torch.ops.g2r_fast.cpu_kernels()
 print(json.dumps({
     "package": g2r_fast.__file__,
     "kernel": row_dot.__file__,
     "kernels": list(sys.modules["g2r_fast.kernels"].__path__),
     "built": status.built,
     "reason": status.reason,
-    "sorted": native.sort_with_common_prefixes([[2, 1], [1, 3], [1, 2]]),
+    "path": status.path,
+    "ops_path": native.status("_cpu_ops").path,
+    "ops_reason": native.status("_cpu_ops").reason,
+    "ops": ops,
+    "sorted": sorted,
 }))
 """
 
 
 def run(command, cwd, check=True, **environment):
+    """A process that sees nothing of this one's settings, and builds nothing unless it is told."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    clean = {k: v for k, v in clean.items() if not k.startswith("G2R_")}
+    clean |= {"G2R_BUILD": "never", "G2R_CACHE": os.devnull}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -58,11 +83,22 @@ def run(command, cwd, check=True, **environment):
     return done
 
 
-def find(python, cwd, **environment):
-    """Where that interpreter finds the package and its kernels, and what it can do."""
-    found = json.loads(run([python, "-c", FIND], cwd, **environment).stdout)
+def find(python, cwd, *arguments, **environment):
+    """Where that interpreter finds the package and its kernels, and what it can do; with "ops"
+    those are loaded too, which takes torch."""
+    done = run([python, "-c", FIND, *arguments], cwd, **environment)
+    found = json.loads(done.stdout)
     assert found["sorted"] == [[2, 1, 0], [1, 0]]
-    return found
+    return found | {"said": done.stderr}
+
+
+def copy_sources(folder):
+    """The sources as they are in a fresh clone, nothing built, and hardly any kernels."""
+    shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
+    for path in (folder / "csrc" / "cpu").glob("isa_*.cpp"):
+        name = path.stem.removeprefix("isa_")
+        path.write_text(NO_KERNELS.replace("NAME", name), encoding="utf-8")
+    return folder
 
 
 class Environment:
@@ -95,18 +131,13 @@ def new_environment(tmp_path_factory):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the sources as they are in a fresh clone: nothing built, nothing installed."""
-    copy = tmp_path / "clone"
-    shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
-    return copy
+    return copy_sources(tmp_path / "clone")
 
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory):
     """The copy that the distributions are built from."""
-    copy = tmp_path_factory.mktemp("snapshot") / "clone"
-    shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
-    return copy
+    return copy_sources(tmp_path_factory.mktemp("snapshot") / "clone")
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +176,15 @@ def files(folder, *patterns):
 
 
 def test_from_a_wheel(wheel_environment, tmp_path):
-    found = find(wheel_environment.python, tmp_path)
+    found = find(wheel_environment.python, tmp_path, "ops")
     package = wheel_environment.site / "g2r_fast"
     assert found["package"] == str(package / "__init__.py")
     assert found["kernel"] == str(package / "kernels" / "row_dot.py")
-    assert found["built"] or not HAS_COMPILER, found["reason"]
+    if HAS_COMPILER:
+        assert found["built"], found["reason"]
+        assert Path(found["path"]).parent == package
+        assert found["ops"].startswith("cpu kernels: "), found["ops"]
+        assert found["ops_path"] == str(package / "_cpu_ops.so")
 
 
 def test_from_a_wheel_beside_the_foreign_package(new_environment, wheel, tmp_path):
@@ -164,10 +199,22 @@ def test_from_a_wheel_beside_the_foreign_package(new_environment, wheel, tmp_pat
 def test_from_an_editable_install(new_environment, checkout, tmp_path):
     environment = new_environment("editable")
     environment.install("-e", checkout, cwd=tmp_path)
-    found = find(environment.python, tmp_path)
+    found = find(environment.python, tmp_path, "ops")
     assert found["package"] == str(checkout / "g2r_fast" / "__init__.py")
     assert found["kernel"] == str(checkout / "kernels" / "row_dot.py")
-    assert found["built"] or not HAS_COMPILER, found["reason"]
+    if HAS_COMPILER:
+        assert Path(found["path"]).parent == checkout / "g2r_fast"
+        assert found["ops_path"] == str(checkout / "g2r_fast" / "_cpu_ops.so")
+        assert found["ops"].startswith("cpu kernels: "), found["ops"]
+
+        # Sources that change under an editable install: what they were built into is left alone.
+        with open(checkout / "csrc" / "core.cpp", "a", encoding="utf-8") as file:
+            file.write("// changed\n")
+        with open(checkout / "g2r_fast" / "_cpu_ops.so", "r+b") as file:
+            file.truncate(5000)
+        found = find(environment.python, tmp_path, "ops")
+        assert "was built from other sources" in found["reason"]
+        assert "_cpu_ops.so is damaged" in found["ops"]
 
 
 def test_from_a_plain_clone(new_environment, checkout, tmp_path):
@@ -207,16 +254,60 @@ def test_without_a_compiler_it_installs_says_so_and_works(
     environment = new_environment("bare")
     arguments = ["-e", checkout] if editable else [checkout]
     done = environment.install(*arguments, cwd=tmp_path, CC="/bin/false", CXX="/bin/false")
-    (line,) = re.findall(
-        r".*compiled part g2r_fast\._core is left out.*", done.stdout + done.stderr
-    )
-    assert "/bin/false" in line and "everything works" in line and "slower" in line
-    found = find(environment.python, tmp_path)
-    assert not found["built"] and "/bin/false" in found["reason"]
+    lines = re.findall(r".*compiled part g2r_fast\.\w+ is left out.*", done.stdout + done.stderr)
+    assert len(lines) == 2
+    for line in lines:
+        assert "/bin/false" in line and "everything works" in line and "slower" in line
+    cache = tmp_path / "cache"
+    use = {"CXX": "/bin/false", "G2R_BUILD": "auto", "G2R_CACHE": cache}
+    found = find(environment.python, tmp_path, "ops", **use)
+    assert not found["built"] and "/bin/false" in found["reason"] and "/bin/false" in found["ops"]
+    assert found["said"].count("is left out") == 2
+    again = find(environment.python, tmp_path, "ops", **use)
+    assert again["said"] == "" and again["reason"] == found["reason"]
 
-    if editable and HAS_COMPILER:  # a compiler has come: the same command mends it
-        environment.install("-e", checkout, cwd=tmp_path)
-        assert find(environment.python, tmp_path)["built"]
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
+def test_an_install_that_cannot_see_torch_builds_the_rest_at_its_first_use(
+    new_environment, checkout, tmp_path
+):
+    """As in the isolated build of a plain `pip install`, where only what builds is there."""
+    environment = new_environment("isolated")
+    hiding = tmp_path / "hiding"
+    hiding.mkdir()
+    (hiding / "sitecustomize.py").write_text(HIDE_TORCH, encoding="utf-8")
+    done = environment.install(checkout, cwd=tmp_path, PYTHONPATH=hiding)
+    (line,) = re.findall(r".*compiled part g2r_fast\.\w+ is left out.*", done.stdout + done.stderr)
+    assert "g2r_fast._cpu_ops" in line and "torch is not visible here" in line
+    assert "`g2r-fast build`, or its first use" in line
+    cache = tmp_path / "cache"
+    use = {"G2R_BUILD": "auto", "G2R_CACHE": cache}
+    told = find(environment.python, tmp_path, "ops", G2R_CACHE=cache)
+    assert "torch is not visible here" in told["ops"] and "G2R_BUILD=never" in told["ops"]
+    assert not cache.exists()
+    found = find(environment.python, tmp_path, "ops", **use)
+    assert found["built"] and found["ops"].startswith("cpu kernels: "), found
+    assert Path(found["ops_path"]).is_relative_to(cache)
+    assert found["said"].count("g2r_fast: compiling g2r_fast._cpu_ops into") == 1
+    again = find(environment.python, tmp_path, "ops", **use)
+    assert again["said"] == "" and again["ops_path"] == found["ops_path"]
+
+    # A compiler is no longer needed, and the command finds everything done.
+    done = run([environment.bin / "g2r-fast", "build"], tmp_path, CXX="/bin/false", **use)
+    assert found["path"] in done.stdout and found["ops_path"] in done.stdout
+
+
+HIDE_TORCH = """
+import sys
+
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden)
+"""
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(snapshot, wheel):
@@ -224,7 +315,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(snapshot, wheel):
     expected = files(snapshot, "g2r_fast/**/*.py", "g2r_fast/tiny_judge/*", "g2r_fast/py.typed")
     expected |= files(snapshot, "g2r_fast/report_page/*")
     expected |= {f"g2r_fast/{path}" for path in files(snapshot, "kernels/*.py")}
-    held = {name for name in names if ".dist-info/" not in name and "/_core" not in name}
+    expected |= {f"g2r_fast/{path}" for path in files(snapshot, "csrc/**/*.cpp", "csrc/**/*.h")}
+    built = re.compile(r"g2r_fast/_(core|cpu_ops)(\..*\.so|\.so|_missing\.txt)")
+    held = {name for name in names if ".dist-info/" not in name and not built.fullmatch(name)}
     assert held == expected
     assert any(name.endswith(".safetensors") for name in held), "the tiny judge is missing"
     assert any(name.endswith("licenses/LICENSE") for name in names)

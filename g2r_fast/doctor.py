@@ -1,0 +1,267 @@
+"""What is built, what runs, and why not something faster; behind `g2r-fast doctor`.
+
+`examine()` only looks: it compiles nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from . import __version__, native
+from .build_cache import remembered_failure
+from .building import CPU_OPS, PARTS, Part, find_compiler
+from .errors import InputError
+
+__all__ = ["as_text", "examine"]
+
+SETTINGS = {  # and what they are where nobody sets them
+    "G2R_BACKEND": "auto",
+    "G2R_CPU": "the best that runs here",
+    "G2R_BUILD": "auto",
+    "G2R_CACHE": "in the home folder",
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What each table of kernels needs of the processor, as Linux spells it.
+_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+NEEDS = {
+    "avx512bf16": (*_AVX512, "avx512_bf16"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma"),
+    "plain": (),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Everything `g2r-fast doctor` tells, ready for JSON.
+
+    ``problems`` holds what was asked for in the environment and cannot be had.
+    """
+    problems: dict[str, None] = {}  # distinct, in order
+    with native.looking_only():
+        try:
+            native.may_build()
+        except InputError as error:
+            problems[str(error)] = None
+        reason = _load_ops(problems)
+        flags = _processor_flags()
+        kernels = _kernels(flags) if reason is None else []
+        backends = _backends(problems)
+    return {
+        "versions": _versions(),
+        "processor": {
+            "name": _processor_name(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "instruction_sets": [flag for flag in NEEDS["avx512bf16"] if flag in flags],
+        },
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
+        "parts": [_part(part, reason if part is CPU_OPS else None) for part in PARTS],
+        "kernels": kernels,
+        "backends": backends,
+        "problems": list(problems),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"g2r_fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["compiler"] = _compiler()
+    return found
+
+
+def _compiler() -> str | None:
+    command = find_compiler()
+    if command is None:
+        return None
+    try:
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{shlex.join(command)} (does not run: {error})"
+    lines = done.stdout.splitlines()
+    return f"{shlex.join(command)} ({lines[0] if lines else f'exit status {done.returncode}'})"
+
+
+def _processor_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _processor_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _load_ops(problems: dict[str, None]) -> str | None:
+    """Why torch.ops.g2r_fast is not there, None where it is."""
+    from .native_ops import load
+
+    wanted = os.environ.get("G2R_CPU")
+    if wanted and wanted not in NEEDS:
+        problems[f"G2R_CPU={wanted} is none of {', '.join(NEEDS)}"] = None
+    try:
+        return load()
+    except InputError as error:
+        if wanted in NEEDS:
+            problems[str(error)] = None
+    return None
+
+
+def _part(part: Part, reason: str | None) -> dict[str, Any]:
+    """`reason`: why it did not load although it looked sound."""
+    status = native.status(part.name)
+    reason = status.reason or reason
+    return {
+        "name": f"g2r_fast.{part.name}",
+        "path": None if reason else status.path,
+        "reason": reason,
+        "without_it": part.cost if reason else None,
+        "remedy": _remedy(part) if reason else None,
+    }
+
+
+def _remedy(part: Part) -> str:
+    failure = remembered_failure(part, native.PACKAGE)
+    if find_compiler() is None:
+        return "install a C++ compiler (g++); then `g2r-fast build`, or the next use, compiles it"
+    if failure is not None:
+        return f"it could not be compiled ({failure}); `g2r-fast build` tries again"
+    if os.environ.get("G2R_BUILD") == "never":
+        return "`g2r-fast build` compiles it; G2R_BUILD=never keeps its first use from doing so"
+    return "`g2r-fast build` compiles it now, its first use otherwise"
+
+
+def _kernels(flags: frozenset[str]) -> list[dict[str, Any]]:
+    """The tables of the CPU library, best first: which is in use, and why not a better one."""
+    import torch
+
+    ops = torch.ops.g2r_fast
+    try:
+        in_use = ops.cpu_kernels()
+    except RuntimeError:  # G2R_CPU names none that run here, which is a problem told elsewhere
+        in_use = None
+    tables = []
+    for name in ops.built_cpu_kernels().split(","):
+        reason = None
+        try:
+            ops.use_cpu_kernels(name)
+        except RuntimeError:
+            lacking = [flag for flag in NEEDS.get(name, ()) if flag not in flags]
+            reason = f"the processor lacks {', '.join(lacking) or 'something it needs'}"
+        else:
+            wanted = os.environ.get("G2R_CPU")
+            if in_use != name:
+                reason = f"G2R_CPU={wanted}" if wanted else f"{in_use} runs here too"
+        tables.append({"name": name, "used": name == in_use, "reason": reason})
+    if in_use is not None:
+        ops.use_cpu_kernels(in_use)
+    return tables
+
+
+def _backends(problems: dict[str, None]) -> list[dict[str, Any]]:
+    """For every device and dtype, each backend: whether it runs, and if not, why."""
+    import torch
+
+    from .backends import BACKENDS, Request, choose, describe
+    from .errors import BackendError
+
+    wanted = os.environ.get("G2R_BACKEND") or "auto"
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    found = []
+    served = False
+    for device in devices:
+        for dtype in DTYPES:
+            # A shape that suits every backend: what is told is of the machine, not of a model.
+            request = Request(torch.device(device), getattr(torch, dtype), 256, 512, 64)
+            try:
+                chosen = choose(request).name
+            except BackendError:
+                chosen = None
+            except InputError as error:
+                if not problems:
+                    problems[str(error)] = None
+                return []
+            served |= chosen == wanted
+            candidates = []
+            for candidate in describe(request):
+                reason = candidate.reason
+                if reason is None and candidate.backend != chosen:
+                    reason = (
+                        f"G2R_BACKEND={wanted}"
+                        if wanted not in ("auto", candidate.backend)
+                        else f"{chosen} serves, and comes first"
+                    )
+                candidates.append(
+                    {
+                        "backend": candidate.backend,
+                        "used": candidate.backend == chosen,
+                        "reason": reason,
+                    }
+                )
+            found.append({"device": device, "dtype": dtype, "candidates": candidates})
+    if wanted in BACKENDS and not served:
+        problems[f"G2R_BACKEND={wanted} serves no device and dtype of this machine"] = None
+    return found
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The same for people."""
+    versions = dict(report["versions"])
+    lines = [f"g2r_fast {versions.pop('g2r_fast')}"]
+    lines += [f"  {name:<14}{version or 'not there'}" for name, version in versions.items()]
+    processor = report["processor"]
+    lines += ["", f"{processor['name']}, {processor['machine']}, {processor['cores']} cores"]
+    lines.append(f"  {' '.join(processor['instruction_sets']) or 'none of the vector sets we use'}")
+    lines += ["", "settings"]
+    for name, value in report["settings"].items():
+        lines.append(f"  {name:<14}{value or f'not set: {SETTINGS[name]}'}")
+    lines += ["", "compiled parts"]
+    for part in report["parts"]:
+        lines.append(f"  {part['name']:<20}{part['path'] or 'not there: ' + part['reason']}")
+        if part["path"] is None:
+            lines.append(f"  {'':<20}without it {part['without_it']}")
+            lines.append(f"  {'':<20}{part['remedy']}")
+    if report["kernels"]:
+        lines += ["", "CPU kernels"]
+        lines += [
+            f"  {table['name']:<14}{'in use' if table['used'] else 'not used: ' + table['reason']}"
+            for table in report["kernels"]
+        ]
+    if report["backends"]:
+        lines += ["", "what runs the packed engine (G2R_BACKEND names one)"]
+    for row in report["backends"]:
+        used = [c["backend"] for c in row["candidates"] if c["used"]] or ["nothing"]
+        lines.append(f"  {row['device']} {row['dtype']:<10}{used[0]}")
+        lines += [
+            f"      not {c['backend']}: {c['reason']}" for c in row["candidates"] if not c["used"]
+        ]
+    if not any(row["device"] != "cpu" for row in report["backends"]):
+        lines.append("  torch sees no GPU")
+    lines += ["", *(f"PROBLEM: {problem}" for problem in report["problems"])]
+    return "\n".join(lines).rstrip()
