@@ -151,8 +151,8 @@ def attribute_batch(
             "total": time.perf_counter() - started,
         }
         logger.info(
-            "%s engine: %d sequences, %d of %d forward rows, %d backward rows, %.2f s",
-            chosen_engine.name, len(sequences), run.rows_forward, run.rows_unshared,
+            "%s engine (%s): %d sequences, %d of %d forward rows, %d backward rows, %.2f s",
+            chosen_engine.name, run.backend, len(sequences), run.rows_forward, run.rows_unshared,
             run.rows_backward, stats["seconds"]["engine"],
         )  # fmt: skip
         return AttributionBatch(
@@ -241,7 +241,8 @@ def _stats(
 ) -> dict[str, Any]:
     return {
         "engine": engine,
-        "backend": "eager" if engine == "packed" else "transformers",
+        "backend": run.backend,
+        "backends_refused": run.backends_refused,
         "device": str(judge.device),
         "dtype": str(judge.model.dtype).removeprefix("torch."),
         "rows_forward": run.rows_forward,

@@ -7,24 +7,24 @@ and nothing else. The last layer is computed for the rows that are read, beyond 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import ops
+from .backends import Backend, Request, choose
 from .families import read_weights
 from .packed_backward import PackedBackward
 from .packed_forward import PackedForward
 from .plan import DecoderShape, PackedPlan, Read
 from .signal import Cotangents, LeafRows, Signal
-from .tape import Tape
+from .tape import PassContext, Tape, tensors_in
 
 __all__ = ["FrozenDecoder", "Tape"]
 
 # Elements of one chunk of logits: on a CPU few enough to be read again from the cache.
 _LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
-_STRETCH_ELEMENTS = 2**25  # of one upcast stretch of the LM head
 
 
 class FrozenDecoder:
@@ -39,6 +39,21 @@ class FrozenDecoder:
     @property
     def shape(self) -> DecoderShape:
         return self.weights.shape
+
+    def backend(self, reads_linears: bool = False) -> Backend:
+        """What runs the operations; see `backends.choose`, also for what is raised."""
+        shape = self.shape
+        return choose(
+            Request(
+                device=self.weights.device,
+                dtype=self.weights.dtype,
+                hidden=shape.hidden,
+                intermediate=shape.intermediate,
+                head_dim=shape.head_dim,
+                contiguous=all(t.is_contiguous() for t in tensors_in(self.weights)),
+                reads_linears=reads_linears,
+            )
+        )
 
     def run(self, plan: PackedPlan, signal: Signal) -> int:
         """Forward, ask the signal, and back to its leaf; the number of backward rows."""
@@ -58,16 +73,13 @@ class FrozenDecoder:
     @torch.no_grad()
     def forward(self, plan: PackedPlan, *, leaf: int = 0, keep_linears: bool = False) -> Tape:
         """One pass over the plan's rows, keeping what a backward to `leaf` reads."""
-        return PackedForward(self.weights, plan, leaf, keep_linears).run()
+        context = PassContext(self.weights, plan, self.backend(keep_linears))
+        return PackedForward(context, leaf, keep_linears).run()
 
     @torch.no_grad()
     def logits(self, tape: Tape, reads: Sequence[Read]) -> torch.Tensor:
         """`hidden @ lm_head.T`, `[len(reads), V]`, float32 or wider whatever the model's dtype."""
-        head = self.weights.head
-        hidden = self._hidden(tape, reads)
-        parts = [ops.project(hidden, part, None) for part in _stretches(head.weight, hidden.dtype)]
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return logits if head.bias is None else logits.add_(head.bias)
+        return ops.linear(tape.context.backend, self._hidden(tape, reads), self.weights.head)
 
     @torch.no_grad()
     def backward(
@@ -75,38 +87,24 @@ class FrozenDecoder:
     ) -> int:
         """Send `grads` `[len(chosen), H]`, gradients of the final norm's output at the chosen
         reads, to the signal's leaf; the number of backward rows."""
-        return PackedBackward(self.weights, tape, chosen, signal).run(grads)
+        return PackedBackward(tape, chosen, signal).run(grads)
 
     def _hidden(self, tape: Tape, reads: Sequence[Read]) -> torch.Tensor:
         """Inputs of the LM head, rounded to the model's dtype as the stock model's are."""
         place = {row: i for i, row in enumerate(tape.plan.read_rows)}
         at = torch.tensor([place[read.row] for read in reads], device=tape.norm.normed.device)
-        return (tape.norm.normed[at] * self.weights.norm).to(tape.norm.rstd.dtype)
+        return tape.norm.normed[at] * self.weights.norm
 
     @torch.no_grad()
     def _through_head(
         self, tape: Tape, reads: Sequence[Read], cotangents: Cotangents, signal: Signal
     ) -> torch.Tensor:
         """`cotangents @ lm_head`, `[reads named, H]`."""
-        weight, values = self.weights.head.weight, cotangents.values
+        values = cotangents.values
         if signal.reads_linears:
             named = [reads[i] for i in cotangents.reads]
-            for read, inputs, grad in zip(named, self._hidden(tape, named), values, strict=True):
+            hidden = self._hidden(tape, named).to(tape.context.wide)
+            for read, inputs, grad in zip(named, hidden, values, strict=True):
                 rows = LeafRows((read.sequence,), read.position, read.position + 1)
                 signal.on_linear("lm_head", inputs[None], grad[None, None], rows)
-        grads = values.new_zeros(len(values), weight.shape[1])
-        column = 0
-        for stretch in _stretches(weight, values.dtype):
-            grads.addmm_(values[:, column : column + len(stretch)], stretch)
-            column += len(stretch)
-        return grads
-
-
-def _stretches(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The weight in `dtype`: as it is, or in upcast stretches of bounded size."""
-    if weight.dtype == dtype:
-        yield weight
-        return
-    step = max(1, _STRETCH_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        yield weight[start : start + step].to(dtype)
+        return ops.linear_backward(values, self.weights.head)

@@ -90,7 +90,13 @@ class PackedEngine:
     ) -> EngineRun:
         """See `Engine.run`. Running out of CUDA memory halves the rows and goes on, with a
         warning; a single sequence that does not fit raises InputError."""
-        done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
+        backend = self.decoder.backend(signal.reads_linears)
+        done = EngineRun(
+            rows_unshared=sum(len(s.input_ids) for s in sequences),
+            backend=str(backend),
+            backends_refused=dict(backend.refused),
+        )
+        logger.info("packed engine: backend %s", backend)
         if max_tokens is None:
             max_tokens = self._budget(sequences)
             logger.info("packed engine: max_tokens=%d from free memory", max_tokens)

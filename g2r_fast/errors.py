@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "InputTypeError", "UnsupportedModelError"]
+__all__ = ["BackendError", "InputError", "InputTypeError", "UnsupportedModelError"]
 
 
 class _Explained(Exception):
@@ -48,4 +48,15 @@ class UnsupportedModelError(InputError):
         super().__init__(
             f"engine={engine!r} cannot serve this model: " + "; ".join(reasons),
             fix='Use engine="auto" to fall back to autograd.' if engine == "packed" else None,
+        )
+
+
+class BackendError(InputError):
+    """A named backend cannot serve a run; the message lists every reason."""
+
+    def __init__(self, backend: str, reasons: list[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(
+            f"G2R_BACKEND={backend} cannot serve this run: " + "; ".join(reasons),
+            fix="G2R_BACKEND=auto takes the first backend that can.",
         )

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class EngineRun:
     rows_backward: int = 0
     rows_unshared: int = 0
     micro_batches: int = 0
+    backend: str = "transformers"  # what ran the operations
+    backends_refused: dict[str, str] = field(default_factory=dict)  # those before it, and why
 
 
 class AutogradEngine:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .ops import embedding_scores
 from .plan import Read
 from .signal import Cotangents, LeafRows
 
@@ -159,10 +160,7 @@ class EmbeddingScores:
         wanted = [s for s in rows.lanes if self._overlap(rows, s) is not None]
         if not wanted:
             return
-        if self.readout == "dot":
-            scores = torch.einsum("nch,nh->nc", grads, values)
-        else:
-            scores = torch.linalg.vector_norm(grads, ord=1 if self.readout == "l1" else 2, dim=-1)
+        scores = embedding_scores(values, grads, self.readout)
         for lane, sequence in enumerate(rows.lanes):
             overlap = self._overlap(rows, sequence)
             if overlap is None:

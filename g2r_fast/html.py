@@ -283,7 +283,7 @@ def _figures(batch: AttributionBatch) -> str:
     if isinstance(counts, dict):
         odd = [f"{str(name).replace('_', ' ')} {count}" for name, count in counts.items() if count]
         figures.append(("odd inputs", ", ".join(odd) or "none"))
-    run = [str(stats[name]) for name in ("engine", "dtype", "device") if name in stats]
+    run = [str(stats[name]) for name in ("engine", "backend", "dtype", "device") if name in stats]
     if run:
         figures.append(("computed with", ", ".join(run)))
     parts = [

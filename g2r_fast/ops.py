@@ -1,32 +1,214 @@
-"""One function per op of the packed engine; this is the only place that knows devices.
+"""One function per op of the packed engine; only here and in backends.py are devices known.
 
-Today every op runs in plain PyTorch operations (`eager/`).
+Every op writes into tensors that it is given. Rows are [rows, heads, head_dim] where they have
+heads. Residual rows and their gradients are float32 (float64 for a float64 model), everything that
+is kept is in the model's dtype, statistics of rows are float32 or wider. `rows` says, for each row,
+where it is kept or what of that it reads.
 """
 
 from __future__ import annotations
 
-from .eager.attention import QueryBlock, attention_backward, attention_forward
-from .eager.rows import (
-    project,
-    project_back,
-    rms_norm,
-    rms_norm_backward,
-    rotary,
-    rotary_backward,
-    swiglu,
-    swiglu_backward,
-)
+from typing import Any
+
+import torch
+
+from . import native_stages
+from .backends import Backend, native_serves
+from .eager import attention as eager_attention
+from .eager import rows as eager_rows
+from .eager import stages as eager_stages
+from .eager.rows import rms_norm, rms_norm_backward
+from .families import LayerWeights, Linear
+from .tables import QueryTables, RowMap, Watch
+from .tape import MlpTape, NormTape, Rotary
 
 __all__ = [
-    "QueryBlock",
+    "Watch",
     "attention_backward",
     "attention_forward",
-    "project",
-    "project_back",
+    "embedding_scores",
+    "linear",
+    "linear_backward",
+    "mlp_backward",
+    "mlp_forward",
+    "qkv_backward",
+    "qkv_forward",
     "rms_norm",
     "rms_norm_backward",
-    "rotary",
-    "rotary_backward",
-    "swiglu",
-    "swiglu_backward",
 ]
+
+
+def qkv_forward(
+    backend: Backend,
+    layer: LayerWeights,
+    x: torch.Tensor,
+    rotary: Rotary,
+    rows: RowMap,
+    norm: NormTape,
+    *,
+    q: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    q_norm: NormTape | None = None,
+    k_norm: NormTape | None = None,
+    eps: float,
+    scaling: float,
+) -> None:
+    """`q, k, v = rotated(heads(rms_norm(x) * input_norm @ [w_q, w_k, w_v].T))`, q times `scaling`.
+
+    x `[rows, H]`; q `[rows, heads, D]`; k and v `[rows, kv_heads, D]`, which are not rotated for v.
+    What is None is not computed. With `layer.q_norm` and `layer.k_norm`, heads are normalised
+    before they are rotated, and `q_norm` and `k_norm` keep that.
+    """
+    _stages(backend).qkv_forward(
+        layer, x, rotary, rows, norm,
+        q=q, k=k, v=v, q_norm=q_norm, k_norm=k_norm, eps=eps, scaling=scaling,
+    )  # fmt: skip
+
+
+def mlp_forward(
+    backend: Backend,
+    layer: LayerWeights,
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    mlp: MlpTape,
+    *,
+    eps: float,
+    activation: str = "silu",
+) -> None:
+    """`x += attended @ w_o.T`, then `x += (act(h @ w_gate.T) * (h @ w_up.T)) @ w_down.T`.
+
+    `h = rms_norm(x) * post_norm`; x `[rows, H]` in place; attended `[rows, heads, D]`; activation
+    `"silu"`, `"gelu"` or `"gelu_tanh"`.
+    """
+    _stages(backend).mlp_forward(
+        layer, x, attended, rows, norm, mlp, eps=eps, activation=activation
+    )
+
+
+def mlp_backward(
+    backend: Backend,
+    layer: LayerWeights,
+    dx: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    mlp: MlpTape,
+    grad_attended: torch.Tensor,
+    *,
+    attended: torch.Tensor | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """The input gradients of `mlp_forward`: dx `[B, H]` in place, grad_attended `[B, heads, D]`.
+
+    `watch` sees every linear layer; for w_o that takes `attended`, `[kept, heads, D]`.
+    """
+    _stages(backend).mlp_backward(
+        layer, dx, rows, norm, mlp, grad_attended, attended=attended, watch=watch
+    )
+
+
+def qkv_backward(
+    backend: Backend,
+    layer: LayerWeights,
+    dx: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    rotary: Rotary,
+    *,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    q_norm: NormTape | None = None,
+    k_norm: NormTape | None = None,
+    scaling: float,
+    watch: Watch | None = None,
+) -> None:
+    """`dx +=` the input gradient of `qkv_forward`; what is None sends nothing.
+
+    dx `[B, H]`; dq `[B, heads, D]`; dk and dv `[B, kv_heads, D]`; rotary of the rows that are kept.
+    """
+    _stages(backend).qkv_backward(
+        layer, dx, rows, norm, rotary,
+        dq=dq, dk=dk, dv=dv, q_norm=q_norm, k_norm=k_norm, scaling=scaling, watch=watch,
+    )  # fmt: skip
+
+
+def attention_forward(
+    backend: Backend,
+    queries: QueryTables,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    window: int | None,
+    softcap: float = 0.0,
+) -> None:
+    """`out = softmax(q @ k.T + causal mask) @ v` for every query over its own path; `lse` too.
+
+    q, which comes scaled, and out `[queries, heads, D]`; k and v `[rows, kv_heads, D]`; lse
+    `[queries, heads]`. A query sees the last `window` keys, its own included; None: all. With a
+    `softcap` c the scores s are `c * tanh(s / c)`.
+    """
+    _attention(backend).attention_forward(
+        queries, q, k, v, out, lse, window=window, softcap=softcap
+    )
+
+
+def attention_backward(
+    backend: Backend,
+    queries: QueryTables,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *,
+    window: int | None,
+    softcap: float = 0.0,
+) -> None:
+    """The gradients of `attention_forward` for every lane.
+
+    grad_out and dq `[B, heads, D]`, of the queries' backward rows; dk and dv `[B, kv_heads, D]`, of
+    the plan's backward rows, float32 or wider. Every element of dq, dk and dv is written.
+    """
+    _attention(backend).attention_backward(
+        queries, q, k, v, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
+    )
+
+
+def linear(backend: Backend, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    """`x @ weight.T + bias`, `[rows, out]`, float32 or wider whatever the dtype of `x`."""
+    result: torch.Tensor = _stages(backend).linear(x, layer)
+    return result
+
+
+def linear_backward(grad: torch.Tensor, layer: Linear) -> torch.Tensor:
+    """`grad @ weight`, `[rows, in]`, in the dtype of `grad` `[rows, out]`."""
+    return eager_rows.linear_backward(grad, layer.weight)
+
+
+def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) -> torch.Tensor:
+    """`(grads * values[:, None]).sum(-1)`, or with `"l1"` and `"l2"` that norm of `grads`.
+
+    values `[rows, H]`; grads `[rows, lanes, H]`; the result `[rows, lanes]`, float32 or wider.
+    """
+    native = grads.dtype == values.dtype == torch.float32 and native_serves(
+        grads.device, grads.dtype, grads.shape[-1]
+    )
+    run = native_stages.embedding_scores if native else eager_rows.embedding_scores
+    return run(values, grads, readout)
+
+
+def _stages(backend: Backend) -> Any:
+    return native_stages if backend.name == "native" else eager_stages
+
+
+def _attention(backend: Backend) -> Any:
+    return native_stages if backend.name == "native" else eager_attention

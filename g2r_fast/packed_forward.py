@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from . import ops
-from .families import DecoderWeights, LayerWeights, Linear
-from .ops import QueryBlock
-from .plan import PackedPlan
+from .families import LayerWeights
+from .tables import (
+    QueryTables,
+    RowMap,
+    forward_queries,
+    forward_read_queries,
+    forward_reads,
+    forward_rows,
+)
 from .tape import LayerTape, MlpTape, NormTape, PassContext, Tape
 
 __all__ = ["PackedForward"]
 
 
-class PackedForward(PassContext):
+class PackedForward:
     """One pass over a plan's rows.
 
     Args:
@@ -23,69 +27,95 @@ class PackedForward(PassContext):
         keep_linears: keep the inputs of every linear layer too.
     """
 
-    def __init__(
-        self, weights: DecoderWeights, plan: PackedPlan, leaf: int, keep_linears: bool
-    ) -> None:
-        super().__init__(weights, plan)
+    def __init__(self, context: PassContext, leaf: int, keep_linears: bool) -> None:
+        self.context = context
+        self.weights = context.weights
         self.leaf = leaf
         self.keep_linears = keep_linears
+        self.rows = forward_rows(context.plan, context.chunk)
+        # What a layer needs and does not keep, for all layers in turn.
+        shape = (context.plan.rows, self.weights.heads, self.weights.head_dim)
+        self._out = context.empty(*shape)
+        self._q = None if context.all_saved else context.empty(*shape)
+        self._lse = None if context.all_saved else context.empty_wide(*shape[:2])
 
     def run(self) -> Tape:
-        weights, plan = self.weights, self.plan
-        x = weights.embed[self.input_ids].to(self.wide)  # [rows, H]
-        layers = []
+        context, layers = self.context, self.weights.layers
+        x = self.weights.embed[context.input_ids].to(context.wide)  # [rows, H]
+        queries = forward_queries(context.plan)
+        tapes = []
         leaf = None
-        for i, layer in enumerate(weights.layers):
+        for i, layer in enumerate(layers):
             if 0 < i == self.leaf:
-                leaf = x[self.saved_rows]
-            is_last = i + 1 == len(weights.layers)
-            x, tape = self._layer(layer, x, self.read_rows if is_last else None)
-            layers.append(tape)
-        return Tape(plan, layers, self._norm(x), leaf)
+                leaf = x[context.saved_rows]
+            if i + 1 < len(layers):
+                tapes.append(self._layer(layer, x, queries))
+        x, tape = self._last_layer(layers[-1], x)
+        normed = context.empty(*x.shape)
+        norm = NormTape(normed, ops.rms_norm(x, self.weights.eps, normed))
+        return Tape(context, [*tapes, tape], norm, leaf)
 
-    def _layer(
-        self, layer: LayerWeights, x: torch.Tensor, reads: torch.Tensor | None
-    ) -> tuple[torch.Tensor, LayerTape]:
-        """One decoder layer; with `reads`, keys and values of all rows and the rest of those."""
-        weights, plan = self.weights, self.plan
-        saved = plan.saved_rows
-        queries = plan.rows if reads is None else len(reads)
-        k = self.empty(weights.kv_heads, plan.rows, weights.head_dim)
-        v = torch.empty_like(k)
-        q = self.empty(weights.kv_heads, queries, self.group, weights.head_dim)
-        norm_in = self.empty_norm(saved, x.shape[1])
-        k_norm = q_norm = None
-        if layer.q_norm is not None:
-            query_saved = saved if reads is None else queries
-            k_norm = self.empty_norm(saved, weights.kv_heads, weights.head_dim)
-            q_norm = self.empty_norm(query_saved, weights.heads, weights.head_dim)
+    def _layer(self, layer: LayerWeights, x: torch.Tensor, queries: QueryTables) -> LayerTape:
+        """One decoder layer over every row of `x` `[rows, H]`, in place."""
+        context = self.context
+        saved = context.plan.saved_rows
+        q, lse, out = self._q, self._lse, self._out
+        if q is None or lse is None:  # all of it is kept
+            q = torch.empty_like(out)
+            lse = context.empty_wide(*out.shape[:2])
+            out = torch.empty_like(out) if self.keep_linears else out
+        k, v = self._keys_values()
+        norm_in = context.empty_norm(saved, x.shape[1])
+        q_norm = self._head_norm(layer.q_norm, saved, self.weights.heads)
+        k_norm = self._head_norm(layer.k_norm, saved, self.weights.kv_heads)
+        ops.qkv_forward(
+            context.backend, layer, x, context.rotary, self.rows, norm_in,
+            q=q, k=k, v=v, q_norm=q_norm, k_norm=k_norm,
+            eps=self.weights.eps, scaling=self.weights.scaling,
+        )  # fmt: skip
+        ops.attention_forward(context.backend, queries, q, k, v, out, lse, window=layer.window)
+        norm_mid, mlp = self._mlp(layer, x, out, self.rows, saved)
+        if not context.all_saved:
+            q, lse = q[context.saved_rows], lse[context.saved_rows]
+            out = out[context.saved_rows] if self.keep_linears else out
+        return LayerTape(
+            k=k,
+            v=v,
+            norm_in=norm_in,
+            k_norm=k_norm,
+            query_norm_in=norm_in,
+            q_norm=q_norm,
+            q=q,
+            out=out if self.keep_linears else None,
+            lse=lse,
+            norm_mid=norm_mid,
+            mlp=mlp,
+        )
 
-        for rows, kept in self._stretches():
-            norm = self._norm(x[rows])
-            if kept is not None:
-                norm_in[kept] = norm
-            h = norm.normed * layer.input_norm
-            cos, sin = self.cos[rows], self.sin[rows]
-            keys = self._heads(h, layer.k, layer.k_norm, k_norm, kept)
-            k[:, rows] = self.narrow(ops.rotary(keys, cos[:, None], sin[:, None])).transpose(0, 1)
-            v[:, rows] = self.narrow(self._heads(h, layer.v, None, None, None)).transpose(0, 1)
-            if reads is None:
-                heads = self._heads(h, layer.q, layer.q_norm, q_norm, kept)
-                q[:, rows] = self._grouped(heads, cos, sin)
-        query_norm_in = norm_in
-        if reads is not None:
-            x = x[reads]
-            query_norm_in = self._norm(x)
-            h = query_norm_in.normed * layer.input_norm
-            heads = self._heads(h, layer.q, layer.q_norm, q_norm, slice(0, queries))
-            q[:] = self._grouped(heads, self.cos[reads], self.sin[reads])
-
-        blocks = self._blocks() if reads is None else self._read_blocks()
-        out, lse = ops.attention_forward(plan, blocks, q, k, v, layer.window)
-        norm_mid, mlp = self._mlp(layer, x, out, reads is not None)
-        if reads is None and saved < plan.rows:
-            q, lse = q[:, self.saved_rows], lse[:, self.saved_rows]
-            out = out[:, self.saved_rows] if self.keep_linears else out
+    def _last_layer(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, LayerTape]:
+        """Keys and values of all rows, the rest for those that are read: `[reads, H]`."""
+        context, weights = self.context, self.weights
+        saved, reads = context.plan.saved_rows, len(context.read_rows)
+        k, v = self._keys_values()
+        norm_in = context.empty_norm(saved, x.shape[1])
+        k_norm = self._head_norm(layer.k_norm, saved, weights.kv_heads)
+        ops.qkv_forward(
+            context.backend, layer, x, context.rotary, self.rows, norm_in,
+            k=k, v=v, k_norm=k_norm, eps=weights.eps, scaling=weights.scaling,
+        )  # fmt: skip
+        x = x[context.read_rows]
+        rows = forward_reads(context.plan, context.chunk)
+        q = context.empty(reads, weights.heads, weights.head_dim)
+        query_norm_in = context.empty_norm(reads, x.shape[1])
+        q_norm = self._head_norm(layer.q_norm, reads, weights.heads)
+        ops.qkv_forward(
+            context.backend, layer, x, context.rotary_read, rows, query_norm_in,
+            q=q, q_norm=q_norm, eps=weights.eps, scaling=weights.scaling,
+        )  # fmt: skip
+        out, lse = torch.empty_like(q), context.empty_wide(*q.shape[:2])
+        queries = forward_read_queries(context.plan)
+        ops.attention_forward(context.backend, queries, q, k, v, out, lse, window=layer.window)
+        norm_mid, mlp = self._mlp(layer, x, out, rows, reads)
         return x, LayerTape(
             k=k,
             v=v,
@@ -101,97 +131,20 @@ class PackedForward(PassContext):
         )
 
     def _mlp(
-        self, layer: LayerWeights, x: torch.Tensor, out: torch.Tensor, reads_only: bool
+        self, layer: LayerWeights, x: torch.Tensor, attended: torch.Tensor, rows: RowMap, kept: int
     ) -> tuple[NormTape, MlpTape]:
-        """Output projection and SwiGLU, added to `x` in place; what of it is kept."""
-        kept_rows = len(x) if reads_only else self.plan.saved_rows
-        width = layer.gate.weight.shape[0]
-        norm_mid = self.empty_norm(kept_rows, x.shape[1])
-        activation = self.empty(kept_rows, width) if self.keep_linears else None
-        tape = MlpTape(self.empty(kept_rows, width), self.empty(kept_rows, width), activation)
-        stretches = self._stretches() if not reads_only else self._chunks(0, len(x), 0)
-        for rows, kept in stretches:
-            mixed = out[:, rows].transpose(0, 1).flatten(1)
-            x[rows] += ops.project(mixed, layer.o.weight, layer.o.bias)
-            norm = self._norm(x[rows])
-            h = norm.normed * layer.post_norm
-            gate = ops.project(h, layer.gate.weight, layer.gate.bias)
-            up = ops.project(h, layer.up.weight, layer.up.bias)
-            derivatives = None
-            if kept is not None:
-                norm_mid[kept] = norm
-                derivatives = (tape.d_gate[kept], tape.d_up[kept])
-            act = self.narrow(ops.swiglu(gate, up, derivatives))
-            if tape.activation is not None and kept is not None:
-                tape.activation[kept] = act
-            x[rows] += ops.project(act, layer.down.weight, layer.down.bias)
-        return norm_mid, tape
+        """Output projection and MLP, added to `x` in place; what of it is kept."""
+        context = self.context
+        width = len(layer.gate.weight)
+        norm = context.empty_norm(kept, x.shape[1])
+        activation = context.empty(kept, width) if self.keep_linears else None
+        mlp = MlpTape(context.empty(kept, width), context.empty(kept, width), activation)
+        ops.mlp_forward(context.backend, layer, x, attended, rows, norm, mlp, eps=self.weights.eps)
+        return norm, mlp
 
-    def _norm(self, x: torch.Tensor) -> NormTape:
-        normed = self.empty(*x.shape)
-        return NormTape(normed, ops.rms_norm(x, self.weights.eps, normed))
+    def _keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.context.plan.rows, self.weights.kv_heads, self.weights.head_dim)
+        return self.context.empty(*shape), self.context.empty(*shape)
 
-    def _heads(
-        self,
-        h: torch.Tensor,  # [n, H]
-        linear: Linear,
-        weight: torch.Tensor | None,
-        tape: NormTape | None,
-        kept: slice | None,
-    ) -> torch.Tensor:
-        """A projection as `[n, heads, head_dim]`, normalised per head where the family does."""
-        y = ops.project(h, linear.weight, linear.bias).view(len(h), -1, self.weights.head_dim)
-        if weight is None:
-            return y
-        norm = self._norm(y)
-        if tape is not None and kept is not None:
-            tape[kept] = norm
-        return (norm.normed * weight).to(self.wide)
-
-    def _grouped(self, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Queries rotated, scaled and laid out `[kv_heads, n, group, head_dim]`."""
-        rotated = ops.rotary(q, cos[:, None], sin[:, None], self.weights.scaling)
-        shape = (len(q), self.weights.kv_heads, self.group, self.weights.head_dim)
-        return self.narrow(rotated).view(shape).transpose(0, 1)
-
-    def _stretches(self) -> Iterator[tuple[slice, slice | None]]:
-        """Rows in chunks that are kept as a whole (and where) or not at all."""
-        segments = self.plan.segments
-        at = 0
-        while at < len(segments):
-            first = segments[at]
-            stop = first.row
-            while at < len(segments) and (
-                (segments[at].saved_row is None) == (first.saved_row is None)
-            ):
-                stop = segments[at].row + len(segments[at])
-                at += 1
-            yield from self._chunks(first.row, stop, first.saved_row)
-
-    def _chunks(
-        self, start: int, stop: int, saved_row: int | None
-    ) -> Iterator[tuple[slice, slice | None]]:
-        for row in range(start, stop, self.chunk):
-            end = min(stop, row + self.chunk)
-            kept = None
-            if saved_row is not None:
-                kept = slice(saved_row + row - start, saved_row + end - start)
-            yield slice(row, end), kept
-
-    def _blocks(self) -> list[QueryBlock]:
-        return [
-            QueryBlock(i, slice(s.row, s.row + len(s)), torch.arange(s.start, s.stop))
-            for i, s in enumerate(self.plan.segments)
-        ]
-
-    def _read_blocks(self) -> list[QueryBlock]:
-        """The rows that are read, by segment; they are ascending, so each block is a slice."""
-        blocks = []
-        row = 0
-        for i, segment in enumerate(self.plan.segments):
-            inside = self.plan.read_rows_in(segment)
-            if inside:
-                positions = torch.tensor(inside) - segment.row + segment.start
-                blocks.append(QueryBlock(i, slice(row, row + len(inside)), positions))
-                row += len(inside)
-        return blocks
+    def _head_norm(self, weight: torch.Tensor | None, rows: int, heads: int) -> NormTape | None:
+        return None if weight is None else self.context.empty_norm(rows, heads, len(weight))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 
 import torch
 
+from .backends import Backend
 from .families import DecoderWeights
 from .plan import PackedPlan
 
-__all__ = ["LayerTape", "MlpTape", "NormTape", "PassContext", "Tape"]
+__all__ = ["LayerTape", "MlpTape", "NormTape", "PassContext", "Rotary", "Tape", "tensors_in"]
 
 # Rows per product: tall enough for the matrix library's full rate, small enough that what lies
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
 _CHUNK = {"cpu": 512, "cuda": 16384}
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [rows, head_dim / 2]
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,15 @@ class NormTape:
     def __getitem__(self, rows: slice | torch.Tensor) -> NormTape:
         return NormTape(self.normed[rows], self.rstd[rows])
 
-    def __setitem__(self, rows: slice, value: NormTape) -> None:
-        self.normed[rows], self.rstd[rows] = value.normed, value.rstd
-
 
 @dataclass(frozen=True)
 class MlpTape:
-    """What a SwiGLU keeps: its two derivatives, so that a backward evaluates no exponential."""
+    """What a gated MLP keeps: the derivatives of `act(gate) * up`, so that a backward evaluates
+    no exponential."""
 
     d_gate: torch.Tensor  # [query, I]
     d_up: torch.Tensor
-    activation: torch.Tensor | None  # [query, I], only for signals that read linears
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> MlpTape:
-        activation = None if self.activation is None else self.activation[rows]
-        return MlpTape(self.d_gate[rows], self.d_up[rows], activation)
+    activation: torch.Tensor | None = None  # [query, I], only for signals that read linears
 
 
 @dataclass(frozen=True)
@@ -52,80 +50,91 @@ class LayerTape:
     the same rows, but in the last layer only those whose logits are read.
     """
 
-    k: torch.Tensor  # [kv_heads, rows, head_dim]
+    k: torch.Tensor  # [rows, kv_heads, head_dim]
     v: torch.Tensor
     norm_in: NormTape  # [saved, H]
     k_norm: NormTape | None  # [saved, kv_heads, head_dim], families with q/k-norm
     query_norm_in: NormTape  # [query, H]; `norm_in` itself, but in the last layer
     q_norm: NormTape | None  # [query, heads, head_dim]
-    q: torch.Tensor  # [kv_heads, query, group, head_dim]
+    q: torch.Tensor  # [query, heads, head_dim]
     out: torch.Tensor | None  # as q, only for signals that read linears
-    lse: torch.Tensor  # [kv_heads, query, group]
+    lse: torch.Tensor  # [query, heads]
     norm_mid: NormTape  # [query, H]
     mlp: MlpTape
-
-    def for_queries(self, at: torch.Tensor) -> LayerTape:
-        """The same with one query row for each index in `at`."""
-        return replace(
-            self,
-            query_norm_in=self.query_norm_in[at],
-            q_norm=None if self.q_norm is None else self.q_norm[at],
-            q=self.q[:, at],
-            out=None if self.out is None else self.out[:, at],
-            lse=self.lse[:, at],
-            norm_mid=self.norm_mid[at],
-            mlp=self.mlp[at],
-        )
 
 
 @dataclass
 class Tape:
     """What a forward keeps for its backward."""
 
-    plan: PackedPlan
+    context: PassContext
     layers: list[LayerTape]
     norm: NormTape  # [reads, H], the final norm
     leaf: torch.Tensor | None  # [saved, H], the hidden state asked for; None: embeddings
+
+    @property
+    def plan(self) -> PackedPlan:
+        return self.context.plan
 
     @property
     def saved_bytes(self) -> int:
         """Bytes kept, each storage once."""
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for part in (*self.layers, self.norm, self.leaf)
-            for t in _tensors(part)
+            for t in tensors_in((self.layers, self.norm, self.leaf))
+            if t.numel()  # an empty one has no storage of its own
         }
         return sum(storages.values())
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
-    """The tensors of a tape or of a part of one; an empty one has no storage of its own."""
+def tensors_in(part: object) -> Iterator[torch.Tensor]:
+    """The tensors of a dataclass, of what it holds, and of lists of them."""
     if isinstance(part, torch.Tensor):
-        if part.numel():
-            yield part
+        yield part
+    elif isinstance(part, (list, tuple)):
+        for inner in part:
+            yield from tensors_in(inner)
     elif is_dataclass(part):
         for field in fields(part):
-            yield from _tensors(getattr(part, field.name))
+            yield from tensors_in(getattr(part, field.name))
 
 
 class PassContext:
-    """Sizes, dtypes, chunks and rotary tables of a pass over one plan."""
+    """Backend, sizes, dtypes and rotary tables of the passes over one plan."""
 
-    def __init__(self, weights: DecoderWeights, plan: PackedPlan) -> None:
+    def __init__(self, weights: DecoderWeights, plan: PackedPlan, backend: Backend) -> None:
         self.weights = weights
         self.plan = plan
+        self.backend = backend
         self.device = weights.device
         self.wide = torch.promote_types(weights.dtype, torch.float32)  # residuals and gradients
         self.chunk = _CHUNK.get(self.device.type, _CHUNK["cuda"])
-        self.group = weights.heads // weights.kv_heads
         live = [s for s in plan.segments if s.saved_row is not None]
         rows = [torch.arange(s.row, s.row + len(s)) for s in live]
-        self.saved_rows = _index(torch.cat(rows) if rows else [], self.device)
-        self.read_rows = _index(plan.read_rows, self.device)
+        self.saved_rows = self.index(torch.cat(rows) if rows else [])
+        self.read_rows = self.index(plan.read_rows)
         self.input_ids = plan.input_ids.to(self.device)
-        angles = plan.positions.double()[:, None] * weights.inv_freq.double().cpu()
-        self.cos = (angles.cos() * weights.rotary_scaling).to(self.device, self.wide)
-        self.sin = (angles.sin() * weights.rotary_scaling).to(self.device, self.wide)
+        self.all_saved = plan.saved_rows == plan.rows
+
+    def index(self, rows: torch.Tensor | tuple[int, ...] | list[int]) -> torch.Tensor:
+        return torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """Of every row."""
+        weights = self.weights
+        angles = self.plan.positions.double()[:, None] * weights.inv_freq.double().cpu()
+        cos = (angles.cos() * weights.rotary_scaling).to(self.device, self.wide)
+        sin = (angles.sin() * weights.rotary_scaling).to(self.device, self.wide)
+        return cos, sin
+
+    @cached_property
+    def rotary_saved(self) -> Rotary:
+        return self.rotary if self.all_saved else self._rotary_of(self.saved_rows)
+
+    @cached_property
+    def rotary_read(self) -> Rotary:
+        return self._rotary_of(self.read_rows)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """In the model's dtype: what is kept."""
@@ -135,12 +144,14 @@ class PassContext:
         """In float32 or wider: residual stream, gradients, row statistics."""
         return torch.empty(shape, dtype=self.wide, device=self.device)
 
+    def empty_gradient(self, *shape: int) -> torch.Tensor:
+        """In the dtype of the backend for gradients that enter and leave attention."""
+        dtype = self.backend.gradient_dtype(self.weights.dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def empty_norm(self, *shape: int) -> NormTape:
         return NormTape(self.empty(*shape), self.empty_wide(*shape[:-1]))
 
-    def narrow(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.weights.dtype)
-
-
-def _index(rows: torch.Tensor | tuple[int, ...] | list[int], device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(rows, dtype=torch.int64, device=device)
+    def _rotary_of(self, rows: torch.Tensor) -> Rotary:
+        cos, sin = self.rotary
+        return cos[rows], sin[rows]

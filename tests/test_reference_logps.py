@@ -14,6 +14,7 @@ from tiny_tokenizers import CHATML_THINKING, INST, byte_bpe, unigram
 from torch import Tensor
 
 import g2r_fast.decoder
+import g2r_fast.eager.rows
 from g2r_fast import (
     AttributionBatch,
     AttributionConfig,
@@ -189,7 +190,7 @@ def test_micro_batches_and_chunks(
     max_tokens: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(g2r_fast.decoder._LOGIT_ELEMENTS, "cpu", elements)
-    monkeypatch.setattr(g2r_fast.decoder, "_STRETCH_ELEMENTS", elements)
+    monkeypatch.setattr(g2r_fast.eager.rows, "_STRETCH_ELEMENTS", elements)
     judge = judge_of("llama-tied")
     prompts = [p for p in random_rows(9, 4) for _ in range(2)]
     responses = [*random_rows(17, 40, 1, seed=1), [5, END, 6]]

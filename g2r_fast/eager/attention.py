@@ -1,13 +1,8 @@
-"""Causal attention over a trie of segments, forward and multi-lane backward.
+"""Causal attention over a trie of segments, forward and multi-lane backward; see ops.py.
 
-Layouts, per layer: kv heads first, so that one batched product serves all of them, and the
-`group` query heads of a kv head next to each other, so that they are rows of one tall matrix.
-
-    q, out        [kv_heads, rows, group, head_dim]     q already times 1/sqrt(head_dim)
-    k, v          [kv_heads, rows, head_dim]
-    lse           [kv_heads, rows, group]               float32 or wider
-    grad_out, dq  [kv_heads, tokens * group * lanes, head_dim] per run, in that order
-    dk, dv        [kv_heads, backward rows, head_dim]
+Rows come as [rows, heads, head_dim]. Inside, kv heads go first, so that one batched product serves
+all of them, and the `group` query heads of a kv head lie next to each other, so that they are rows
+of one tall matrix; tiles are laid out so one at a time, when they are read and written.
 
 Depth-first row order makes the keys of the current path a stack: position p of the path lies at
 index p of one buffer, and a segment only ever overwrites what lies behind its own start.
@@ -15,15 +10,15 @@ index p of one buffer, and a segment only ever overwrites what lies behind its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
 from ..plan import BackwardPlan, PackedPlan, Run, Segment
+from ..tables import QueryBlock, QueryTables
 from .products import SMALLEST, product, product_nt, product_tn
 
-__all__ = ["QueryBlock", "attention_backward", "attention_forward"]
+__all__ = ["attention_backward", "attention_forward"]
 
 # Elements of one score tile over all kv heads: with its gradient and two small products it stays
 # in a core's second-level cache on the CPUs looked at; chosen by bench/tile_sizes.py.
@@ -32,22 +27,11 @@ _TILE = {"cpu": 2**20, "cuda": 2**24}
 _KEY_STEP = 32
 
 
-@dataclass(frozen=True)
-class QueryBlock:
-    """Queries of one segment: rows of q and lse, their positions, and who comes back there."""
-
-    segment: int
-    rows: slice  # of q and lse
-    positions: torch.Tensor  # [n], ascending
-    lanes: tuple[int, ...] = ()  # backward only
-    row: int = 0  # backward only: first of its n * lanes rows in grad_out and dq
-
-
 class _Path:
-    """Keys and values of the path to the current segment, by position."""
+    """Keys and values of the path to the current segment, by position: `[kv_heads, length, d]`."""
 
     def __init__(self, plan: PackedPlan, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype):
-        kv_heads, _, head_dim = k.shape
+        _, kv_heads, head_dim = k.shape
         self._k, self._v = k, v
         length = plan.length + _KEY_STEP
         self.k = torch.empty(kv_heads, length, head_dim, dtype=dtype, device=k.device)
@@ -55,123 +39,126 @@ class _Path:
 
     def enter(self, segment: Segment) -> None:
         rows = slice(segment.row, segment.row + len(segment))
-        self.k[:, segment.start : segment.stop] = self._k[:, rows]
-        self.v[:, segment.start : segment.stop] = self._v[:, rows]
+        self.k[:, segment.start : segment.stop] = self._k[rows].transpose(0, 1)
+        self.v[:, segment.start : segment.stop] = self._v[rows].transpose(0, 1)
         # Keys are read in whole steps: what lies behind the path is masked, but must be a number.
         self.k[:, segment.stop : segment.stop + _KEY_STEP] = 0
         self.v[:, segment.stop : segment.stop + _KEY_STEP] = 0
 
 
 def attention_forward(
-    plan: PackedPlan,
-    blocks: Sequence[QueryBlock],
+    queries: QueryTables,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
     window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`softmax(q @ k.T + causal mask) @ v` for every query over its own path; `(out, lse)`."""
-    dtype = _compute_dtype(q.dtype)
-    path = _Path(plan, k, v, dtype)
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for _, block in _along(plan, blocks, path):
-        for heads in _head_slices(q, block, 1):
-            block_q = q[heads, block.rows]
-            for tokens, low, high in _tiles(block, 1, block_q, window):
+    softcap: float,
+) -> None:
+    path = _Path(queries.plan, k, v, lse.dtype)
+    kv_heads = k.shape[1]
+    for _, block in _along(queries, path):
+        block_q, block_out = (_by_kv_head(x[block.rows], kv_heads) for x in (q, out))
+        block_lse = lse[block.rows].unflatten(1, (kv_heads, -1)).transpose(0, 1)
+        for heads in _head_slices(block_q, block, 1):
+            for tokens, low, high in _tiles(block, 1, block_q[heads], window):
                 high = _rounded(high)
-                tile_q = block_q[:, tokens].flatten(1, 2).to(dtype)
+                tile_q = _matrix(block_q[heads, tokens], lse.dtype)
                 scores = product_nt(tile_q, path.k[heads, low:high])
+                if softcap:
+                    scores.div_(softcap).tanh_().mul_(softcap)
                 _mask_(scores, block.positions[tokens], low, high, window, -torch.inf)
                 largest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
                 mixed = product(weights, path.v[heads, low:high]).div_(total)
-                rows = slice(block.rows.start + tokens.start, block.rows.start + tokens.stop)
-                shape = (len(block_q), -1, *q.shape[2:])
-                out[heads, rows] = mixed.view(shape).to(out.dtype)
-                lse[heads, rows] = (largest + total.log()).view(shape[:3])
-    return out, lse
+                block_out[heads, tokens] = mixed.view(block_out[heads, tokens].shape)
+                tile_lse = (largest + total.log()).view(block_lse[heads, tokens].shape)
+                block_lse[heads, tokens] = tile_lse
 
 
 def attention_backward(
-    plan: PackedPlan,
-    backward: BackwardPlan,
-    blocks: Sequence[QueryBlock],
+    queries: QueryTables,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *,
     window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(dq, dk, dv)` of attention_forward for every lane.
-
-    The probabilities of a query are computed once for all its lanes, and both parts of its keys use
-    the final `lse` and row sums, so they add up exactly. Keys before the first live segment of a
-    lane get no gradient: they cost dQ only, three products where a full backward takes five.
+    softcap: float,
+) -> None:
+    """The probabilities of a query are computed once for all its lanes, and both parts of its keys
+    use the final `lse` and row sums, so they add up exactly. Keys before the first live segment of
+    a lane get no gradient: they cost dQ only, three products where a full backward takes five.
     """
-    kv_heads, _, group, head_dim = q.shape
+    plan, backward = queries.plan, queries.backward
+    assert backward is not None
     path = _Path(plan, k, v, lse.dtype)
-    dq = torch.empty_like(grad_out)
-    dk = grad_out.new_zeros(kv_heads, backward.rows, head_dim)
-    dv = torch.zeros_like(dk)
-    for index, block in _along(plan, blocks, path):
+    kv_heads = k.shape[1]
+    dk.zero_()
+    dv.zero_()
+    for index, block in _along(queries, path):
         segment, lanes = plan.segments[index], len(block.lanes)
         live = _live_runs(segment, index, block.lanes, backward)
         first = min((plan.segments[run.segment].start for run, *_ in live), default=segment.stop)
-        first_row = block.row * group
-        rows = slice(first_row, first_row + len(block.positions) * group * lanes)
-        for heads in _head_slices(q, block, lanes):
-            shape = (-1, len(block.positions) * group, lanes, head_dim)
+        block_q = _by_kv_head(q[block.rows], kv_heads)
+        block_lse = lse[block.rows].unflatten(1, (kv_heads, -1)).transpose(0, 1)
+        rows = slice(block.row, block.row + len(block.positions) * lanes)
+        block_grad, block_dq = (_by_lane(x[rows], lanes, kv_heads) for x in (grad_out, dq))
+        for heads in _head_slices(block_q, block, lanes):
             path_dk, path_dv = _block_backward(
-                q[heads, block.rows],
-                lse[heads, block.rows],
-                grad_out[heads, rows].view(shape),
-                dq[heads, rows].view(shape),
+                block_q[heads],
+                block_lse[heads],
+                block_grad[heads],
+                block_dq[heads],
                 path.k[heads],
                 path.v[heads],
                 block,
                 first,
                 window,
+                softcap,
             )
             for run, inner, outer in live:
                 at = plan.segments[run.segment]
                 keys = slice(at.start - first, at.stop - first)
                 where = slice(run.row, run.row + run.rows)
-                shape = (-1, run.tokens, len(run.lanes), head_dim)
-                # [heads, d, lanes, keys] and [heads, lanes, d, keys] -> [heads, keys, lanes, d]
-                dk[heads, where].view(shape)[:, :, outer] += path_dk[:, :, inner, keys].permute(
-                    0, 3, 2, 1
+                shape = (run.tokens, len(run.lanes), *dk.shape[1:])
+                # [heads, d, lanes, keys] and [heads, lanes, d, keys] -> [keys, lanes, heads, d]
+                dk[where].view(shape)[:, outer, heads] += path_dk[:, :, inner, keys].permute(
+                    3, 2, 0, 1
                 )
-                dv[heads, where].view(shape)[:, :, outer] += path_dv[:, inner, :, keys].permute(
-                    0, 3, 1, 2
+                dv[where].view(shape)[:, outer, heads] += path_dv[:, inner, :, keys].permute(
+                    3, 1, 0, 2
                 )
-    return dq, dk, dv
 
 
 def _block_backward(
     q: torch.Tensor,  # [heads, n, group, d]
     lse: torch.Tensor,  # [heads, n, group]
-    grad_out: torch.Tensor,  # [heads, n * group, lanes, d]
+    grad_out: torch.Tensor,  # [heads, n, group, lanes, d]
     dq: torch.Tensor,  # the same, overwritten
     k: torch.Tensor,  # [heads, length, d], by position
     v: torch.Tensor,
     block: QueryBlock,
     first: int,  # keys before this position get no gradient
     window: int | None,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the keys and values from `first` on, transposed: `[heads, d, lanes, keys]`
     and `[heads, lanes, d, keys]`."""
-    heads, _, group, head_dim = q.shape
-    lanes = grad_out.shape[2]
+    heads, lanes, head_dim = len(q), grad_out.shape[3], q.shape[3]
     keys = _rounded(int(block.positions[-1]) + 1 - first) if len(block.positions) else 0
-    path_dk = dq.new_zeros(heads, head_dim, lanes, max(0, keys))
-    path_dv = dq.new_zeros(heads, lanes, head_dim, max(0, keys))
+    path_dk = k.new_zeros(heads, head_dim, lanes, max(0, keys))
+    path_dv = k.new_zeros(heads, lanes, head_dim, max(0, keys))
     for tokens, low, high in _tiles(block, lanes, q, window):
-        merged = slice(tokens.start * group, tokens.stop * group)
-        grad = grad_out[:, merged]
-        tile_q = q[:, tokens].flatten(1, 2).to(dq.dtype)
+        grad = _matrix(grad_out[:, tokens], k.dtype)  # [heads, tile * group, lanes, d]
+        tile_q = _matrix(q[:, tokens], k.dtype)
         tile_lse = lse[:, tokens].flatten(1, 2)[..., None]
         parts = []
         row_sums = grad.new_zeros(*grad.shape[:3], 1)
@@ -180,23 +167,33 @@ def _block_backward(
                 continue
             if a >= first:
                 b = first + _rounded(b - first)
-            p = product_nt(tile_q, k[:, a:b]).sub_(tile_lse).exp_()
+            p = product_nt(tile_q, k[:, a:b])
+            slope = None  # of the cap, at each score
+            if softcap:
+                capped = p.div_(softcap).tanh_()
+                slope = 1 - capped.square()
+                p = capped.mul_(softcap)
+            p.sub_(tile_lse).exp_()
             _mask_(p, block.positions[tokens], a, b, window, 0.0)
             ds = product_nt(grad.flatten(1, 2), v[:, a:b]).view(*grad.shape[:3], b - a)
             ds.mul_(p[:, :, None])
             row_sums += ds.sum(-1, keepdim=True)
-            parts.append((a, b, p, ds))
-        for n, (a, b, p, ds) in enumerate(parts):
+            parts.append((a, b, p, ds, slope))
+        tile_dq = torch.zeros(0)
+        for n, (a, b, p, ds, slope) in enumerate(parts):
             # The row sums of all parts, which is grad . out without keeping out.
             ds.addcmul_(p[:, :, None], row_sums, value=-1)
-            part_dq = product(ds.flatten(1, 2), k[:, a:b]).view(grad.shape)
-            dq[:, merged] = part_dq if n == 0 else dq[:, merged].add_(part_dq)
+            if slope is not None:
+                ds.mul_(slope[:, :, None])
+            part_dq = product(ds.flatten(1, 2), k[:, a:b])
+            tile_dq = part_dq if n == 0 else tile_dq.add_(part_dq)
             if a >= first:
                 here = slice(a - first, b - first)
                 mixed = product_tn(tile_q, ds.flatten(2, 3))
                 path_dk[..., here] += mixed.view(heads, head_dim, lanes, b - a)
                 mixed = product_tn(grad.flatten(2, 3), p)
                 path_dv[..., here] += mixed.view(heads, lanes, head_dim, b - a)
+        dq[:, tokens] = tile_dq.view(dq[:, tokens].shape)
     return path_dk, path_dv
 
 
@@ -281,19 +278,27 @@ def _mask_(
     view[..., start - low :].masked_fill_(hidden[None, :, None], value)
 
 
-def _along(
-    plan: PackedPlan, blocks: Sequence[QueryBlock], path: _Path
-) -> Iterator[tuple[int, QueryBlock]]:
+def _along(queries: QueryTables, path: _Path) -> Iterator[tuple[int, QueryBlock]]:
     """Every block with the path that leads to it."""
     by_segment: dict[int, list[QueryBlock]] = {}
-    for block in blocks:
+    for block in queries.blocks:
         by_segment.setdefault(block.segment, []).append(block)
-    for index, segment in enumerate(plan.segments):
+    for index, segment in enumerate(queries.plan.segments):
         path.enter(segment)
         for block in by_segment.get(index, ()):
             yield index, block
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and probabilities of half-precision models are float32."""
-    return torch.promote_types(dtype, torch.float32)
+def _by_kv_head(rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`[n, heads, d]` as `[kv_heads, n, group, d]`, a view."""
+    return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+
+
+def _by_lane(rows: torch.Tensor, lanes: int, kv_heads: int) -> torch.Tensor:
+    """`[n * lanes, heads, d]` as `[kv_heads, n, group, lanes, d]`, a view."""
+    return rows.unflatten(0, (-1, lanes)).unflatten(2, (kv_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _matrix(tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[heads, n, group, ...]` as a dense `[heads, n * group, ...]`."""
+    return tile.to(dtype).flatten(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Row-wise operations of the packed engine: norms, rotary, SwiGLU, projections.
+"""Row-wise operations of the packed engine: norms, rotary, gated activations, projections.
 
 In every backward here the gradient of C lanes, `[n, C, X]`, reads what one forward row saved,
 `[n, X]`, by broadcasting: nothing is gathered and nothing saved is overwritten.
@@ -6,20 +6,28 @@ In every backward here the gradient of C lanes, `[n, C, X]`, reads what one forw
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 
 from .products import product, product_nt
 
 __all__ = [
+    "embedding_scores",
+    "gated",
+    "gated_backward",
+    "linear",
+    "linear_backward",
     "project",
     "project_back",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
     "rotary_backward",
-    "swiglu",
-    "swiglu_backward",
 ]
+
+_STRETCH_ELEMENTS = 2**25  # of one upcast stretch of a weight
 
 
 def rms_norm(x: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
@@ -63,27 +71,58 @@ def rotary_backward(
     return rotary(grad, cos, -sin, scale)
 
 
-def swiglu(
+def gated(
     gate: torch.Tensor,
     up: torch.Tensor,
     saved: tuple[torch.Tensor, torch.Tensor] | None,
+    activation: str = "silu",
 ) -> torch.Tensor:
-    """`silu(gate) * up`, overwriting both; saves `d/dgate` and `d/dup` of it.
+    """`activation(gate) * up`, overwriting both; saves `d/dgate` and `d/dup` of it.
 
     The two derivatives are what a backward needs, so it evaluates no exponential.
     """
-    sigmoid = torch.sigmoid(gate)
-    silu = gate.mul_(sigmoid)
-    if saved is not None:
+    act, slope = _ACTIVATIONS[activation](gate, saved is not None)
+    if saved is not None and slope is not None:
         d_gate, d_up = saved
-        d_up.copy_(silu)
-        # silu' = sigmoid + silu * (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        d_up.copy_(act)
         torch.mul(slope, up, out=d_gate)
-    return silu.mul_(up)
+    return act.mul_(up)
 
 
-def swiglu_backward(
+def _silu(x: torch.Tensor, with_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`x * sigmoid(x)`, overwriting x, and its derivative `sigmoid + silu * (1 - sigmoid)`."""
+    sigmoid = torch.sigmoid(x)
+    silu = x.mul_(sigmoid)
+    return silu, torch.addcmul(sigmoid, silu, 1 - sigmoid) if with_slope else None
+
+
+def _gelu(x: torch.Tensor, with_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`x * Phi(x)` and `Phi(x) + x * phi(x)`, of the standard normal distribution."""
+    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+    slope = None
+    if with_slope:
+        density = x.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        slope = torch.addcmul(below, x, density)
+    return x.mul_(below), slope
+
+
+def _gelu_tanh(x: torch.Tensor, with_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`x * w` with `w = (1 + tanh(u)) / 2`, `u = sqrt(2 / pi) * (x + 0.044715 x**3)`, and its
+    derivative `w + 2 x u' w (1 - w)`."""
+    square = x.square()
+    scale = math.sqrt(2 / math.pi)
+    share = torch.tanh((0.044715 * square + 1).mul_(x).mul_(scale)).add_(1).mul_(0.5)
+    slope = None
+    if with_slope:
+        inner = square.mul_(3 * 0.044715).add_(1).mul_(2 * scale).mul_(x)
+        slope = torch.addcmul(share, inner, share * (1 - share))
+    return x.mul_(share), slope
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
+
+
+def gated_backward(
     grad: torch.Tensor,  # [n, C, I]
     d_gate: torch.Tensor,  # [n, I]
     d_up: torch.Tensor,
@@ -119,6 +158,41 @@ def project_back(
         scaled = torch.ldexp(grad, -exponent).to(torch.float16)
         return torch.ldexp(product(scaled, weight).to(grad.dtype), exponent)
     return product(grad.to(weight.dtype), weight).to(grad.dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias`, all of it in float32 or wider."""
+    x = x.to(_wide(weight))
+    parts = [project(x, part, None) for part in _stretches(weight, x.dtype)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return out if bias is None else out.add_(bias)
+
+
+def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`grad @ weight`, all of it in the dtype of `grad`, float32 or wider."""
+    out = grad.new_zeros(len(grad), weight.shape[1])
+    column = 0
+    for stretch in _stretches(weight, grad.dtype):
+        out.addmm_(grad[:, column : column + len(stretch)], stretch)
+        column += len(stretch)
+    return out
+
+
+def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) -> torch.Tensor:
+    """See `ops.embedding_scores`."""
+    if readout == "dot":
+        return torch.einsum("nch,nh->nc", grads, values)
+    return torch.linalg.vector_norm(grads, ord=1 if readout == "l1" else 2, dim=-1)
+
+
+def _stretches(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The weight in `dtype`: as it is, or in upcast stretches of bounded size."""
+    if weight.dtype == dtype:
+        yield weight
+        return
+    step = max(1, _STRETCH_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield weight[start : start + step].to(dtype)
 
 
 def _wide(weight: torch.Tensor) -> torch.dtype:

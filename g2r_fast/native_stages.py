@@ -1,0 +1,252 @@
+"""The packed engine's operations on the C++ kernels of csrc/cpu; what each does: see ops.py.
+
+Only calls: checks are in backends.py, layouts in csrc/cpu/kernels.h.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .families import LayerWeights, Linear
+from .tables import QueryTables, RowMap, Watch
+from .tape import MlpTape, NormTape, Rotary
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "embedding_scores",
+    "linear",
+    "mlp_backward",
+    "mlp_forward",
+    "qkv_backward",
+    "qkv_forward",
+]
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_READOUTS = {"dot": 0, "l1": 1, "l2": 2}
+
+
+def qkv_forward(
+    layer: LayerWeights,
+    x: torch.Tensor,
+    rotary: Rotary,
+    rows: RowMap,
+    norm: NormTape,
+    *,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    q_norm: NormTape | None,
+    k_norm: NormTape | None,
+    eps: float,
+    scaling: float,
+) -> None:
+    if not len(x):
+        return
+    torch.ops.g2r_fast.qkv_forward(
+        x,
+        layer.input_norm,
+        *_linear_if(layer.q, q),
+        *_linear_if(layer.k, k),
+        *_linear_if(layer.v, v),
+        layer.q_norm if q is not None else None,
+        layer.k_norm if k is not None else None,
+        *rotary,
+        rows.index,
+        norm.normed,
+        norm.rstd,
+        *_norm(q_norm),
+        *_norm(k_norm),
+        q,
+        k,
+        v,
+        2 * rotary[0].shape[-1],
+        eps,
+        scaling,
+    )
+
+
+def mlp_forward(
+    layer: LayerWeights,
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    mlp: MlpTape,
+    *,
+    eps: float,
+    activation: str,
+) -> None:
+    if not len(x):
+        return
+    torch.ops.g2r_fast.mlp_forward(
+        x,
+        attended,
+        layer.o.weight,
+        layer.o.bias,
+        layer.post_norm,
+        layer.gate.weight,
+        layer.gate.bias,
+        layer.up.weight,
+        layer.up.bias,
+        layer.down.weight,
+        layer.down.bias,
+        rows.index,
+        norm.normed,
+        norm.rstd,
+        mlp.d_gate,
+        mlp.d_up,
+        eps,
+        _ACTIVATIONS[activation],
+    )
+
+
+def mlp_backward(
+    layer: LayerWeights,
+    dx: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    mlp: MlpTape,
+    grad_attended: torch.Tensor,
+    *,
+    attended: torch.Tensor | None,
+    watch: Watch | None,
+) -> None:
+    assert watch is None, "backends.py declines signals that read linear layers"
+    torch.ops.g2r_fast.mlp_backward(
+        dx,
+        rows.index,
+        layer.o.weight,
+        layer.post_norm,
+        layer.gate.weight,
+        layer.up.weight,
+        layer.down.weight,
+        norm.normed,
+        norm.rstd,
+        mlp.d_gate,
+        mlp.d_up,
+        grad_attended,
+    )
+
+
+def qkv_backward(
+    layer: LayerWeights,
+    dx: torch.Tensor,
+    rows: RowMap,
+    norm: NormTape,
+    rotary: Rotary,
+    *,
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    q_norm: NormTape | None,
+    k_norm: NormTape | None,
+    scaling: float,
+    watch: Watch | None,
+) -> None:
+    assert watch is None, "backends.py declines signals that read linear layers"
+    torch.ops.g2r_fast.qkv_backward(
+        dx,
+        rows.index,
+        dq,
+        dk,
+        dv,
+        layer.input_norm,
+        layer.q.weight if dq is not None else None,
+        layer.k.weight if dk is not None else None,
+        layer.v.weight if dv is not None else None,
+        layer.q_norm if dq is not None else None,
+        layer.k_norm if dk is not None else None,
+        *rotary,
+        norm.normed,
+        norm.rstd,
+        *_norm(q_norm),
+        *_norm(k_norm),
+        2 * rotary[0].shape[-1],
+        scaling,
+    )
+
+
+def attention_forward(
+    queries: QueryTables,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    window: int | None,
+    softcap: float,
+) -> None:
+    if not len(q):
+        return
+    torch.ops.g2r_fast.attention_forward(
+        q,
+        k,
+        v,
+        queries.segments,
+        queries.forward_blocks,
+        queries.positions,
+        out,
+        lse,
+        window or 0,
+        softcap,
+    )
+
+
+def attention_backward(
+    queries: QueryTables,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *,
+    window: int | None,
+    softcap: float,
+) -> None:
+    torch.ops.g2r_fast.attention_backward(
+        q,
+        k,
+        v,
+        lse,
+        grad_out,
+        queries.segments,
+        queries.backward_blocks,
+        queries.positions,
+        queries.block_lanes,
+        queries.runs,
+        queries.run_lanes,
+        dq,
+        dk,
+        dv,
+        window or 0,
+        softcap,
+    )
+
+
+def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    out = torch.empty(len(x), len(layer.weight), dtype=torch.float32)
+    torch.ops.g2r_fast.linear(x, layer.weight, layer.bias, out)
+    return out
+
+
+def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) -> torch.Tensor:
+    scores = torch.empty(grads.shape[:2], dtype=torch.float32)
+    torch.ops.g2r_fast.embedding_scores(
+        values.contiguous(), grads.contiguous(), _READOUTS[readout], scores
+    )
+    return scores
+
+
+def _linear_if(
+    layer: Linear, out: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if out is None else (layer.weight, layer.bias)
+
+
+def _norm(tape: NormTape | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if tape is None else (tape.normed, tape.rstd)

@@ -1,0 +1,148 @@
+"""Which backend runs the packed engine's operations, how one is forced, and who is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from api_runs import judge_of, run
+from engine_scores import scores
+from patterns import group
+from tiny_models import tiny_model
+
+from g2r_fast import native_ops
+from g2r_fast.backends import BACKENDS, Request, choose, describe, native_serves
+from g2r_fast.decoder import FrozenDecoder
+from g2r_fast.engine import PackedEngine
+from g2r_fast.errors import BackendError, InputError
+from g2r_fast.grad2reward import TargetSignal
+from g2r_fast.plan import PackedSequence
+
+SERVED = Request(torch.device("cpu"), torch.float32, hidden=64, intermediate=96, head_dim=16)
+
+# What native cannot serve, and what it says.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "device": ({"device": torch.device("cuda", 1)}, "the device is cuda:1, not a CPU"),
+    "dtype": ({"dtype": torch.float64}, "the dtype is float64, not float32 or bfloat16"),
+    "half": ({"dtype": torch.float16}, "the dtype is float16, not float32 or bfloat16"),
+    "head_dim": ({"head_dim": 24}, "head_dim 24 is not a multiple of 16 up to 256"),
+    "long heads": ({"head_dim": 272}, "head_dim 272 is not a multiple of 16 up to 256"),
+    "hidden": ({"hidden": 40}, "hidden size 40 is not a multiple of 16"),
+    "intermediate": ({"intermediate": 100}, "intermediate size 100 is not a multiple of 16"),
+    "layout": ({"contiguous": False}, "a weight is not contiguous in memory"),
+    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
+}
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native kernels were there; nothing here runs them."""
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.setattr(native_ops, "load", lambda: None)
+    monkeypatch.setattr("g2r_fast.backends._kernels", lambda: "avx2")
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_comes_first(dtype: torch.dtype) -> None:
+    backend = choose(replace(SERVED, dtype=dtype))
+    assert (backend.name, str(backend), backend.refused) == ("native", "native: avx2", {})
+    assert backend.gradient_dtype(dtype) == dtype
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_reference_serves_the_rest_and_the_reasons_are_known(case: str) -> None:
+    change, reason = REFUSED[case]
+    request = replace(SERVED, **change)
+    candidates = {c.backend: c for c in describe(request)}
+    assert tuple(candidates) == BACKENDS
+    assert candidates["native"].reason == reason and not candidates["native"].usable
+    assert candidates["reference"].reason is None and candidates["reference"].usable
+    backend = choose(request)
+    assert str(backend) == "reference"
+    assert backend.refused["native"] == reason and "no kernel" in backend.refused["triton"]
+    wide = torch.promote_types(request.dtype, torch.float32)
+    assert backend.gradient_dtype(request.dtype) == wide
+
+
+def test_not_built_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.setattr(native_ops, "load", lambda: "there is no compiler")
+    assert choose(SERVED).refused["native"] == "there is no compiler"
+    monkeypatch.setenv("G2R_BACKEND", "native")
+    with pytest.raises(BackendError, match="there is no compiler"):
+        choose(SERVED)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_forced_backend_serves_or_says_everything_that_is_in_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("G2R_BACKEND", "reference")
+    assert str(choose(SERVED)) == "reference"
+    assert not native_serves(SERVED.device, SERVED.dtype, 64)
+    monkeypatch.setenv("G2R_BACKEND", "native")
+    assert str(choose(SERVED)) == "native: avx2"
+    assert native_serves(SERVED.device, SERVED.dtype, 64)
+    with pytest.raises(BackendError) as caught:
+        choose(replace(SERVED, head_dim=24, hidden=40))
+    assert len(caught.value.reasons) == 2
+    for reason in ("head_dim 24", "hidden size 40", "G2R_BACKEND=native", "G2R_BACKEND=auto"):
+        assert reason in str(caught.value)
+    monkeypatch.setenv("G2R_BACKEND", "triton")
+    with pytest.raises(BackendError, match="no kernel for these operations yet"):
+        choose(SERVED)
+    monkeypatch.setenv("G2R_BACKEND", "cuda")
+    with pytest.raises(InputError, match=r"names no backend.*got cuda"):
+        choose(SERVED)
+
+
+def test_the_reference_alone_asks_for_nothing_to_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> None:
+        raise AssertionError("asked for the native kernels")
+
+    monkeypatch.setattr(native_ops, "load", never)
+    monkeypatch.setenv("G2R_BACKEND", "reference")
+    model = tiny_model("llama", hidden_size=64, head_dim=16)
+    assert str(FrozenDecoder(model).backend()) == "reference"
+    scores(model, group())
+
+
+@pytest.mark.usefixtures("built")
+def test_a_model_is_asked_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", hidden_size=64, head_dim=16)
+    decoder = FrozenDecoder(model)
+    assert decoder.backend().name == "native"
+    assert decoder.backend(reads_linears=True).refused["native"] == REFUSED["linears"][1]
+    up = model.model.layers[1].mlp.up_proj.weight
+    up.data = up.data.mT.contiguous().mT
+    assert FrozenDecoder(model).backend().refused["native"] == REFUSED["layout"][1]
+    tiny = FrozenDecoder(tiny_model("llama", dtype=torch.float64)).backend()
+    assert tiny.refused["native"].count(";") == 1  # dtype and head_dim
+
+
+def test_a_run_tells_its_backend_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = group()
+    signal = TargetSignal(batch.spans, batch.target_ids, "dot", torch.device("cpu"))
+    sequences = [
+        PackedSequence(ids, start)
+        for ids, (start, _) in zip(batch.input_ids, batch.spans, strict=True)
+    ]
+    engine = PackedEngine(tiny_model("qwen3"))
+    done = engine.run(sequences, signal)
+    assert done.backend == "reference"
+    assert "head_dim 12" in done.backends_refused["native"]
+    monkeypatch.setenv("G2R_BACKEND", "native")
+    with pytest.raises(BackendError, match="head_dim 12"):
+        engine.run([], signal)
+
+
+def test_stats_tell_the_backend() -> None:
+    stats = run(judge_of()).stats
+    assert stats["backend"] == "reference"
+    assert "head_dim 12" in stats["backends_refused"]["native"]
+    stats = run(judge_of(), engine="autograd").stats
+    assert (stats["backend"], stats["backends_refused"]) == ("transformers", {})
