@@ -1,0 +1,217 @@
+"""One record per native op and situation; `integers` are those with one right answer to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import native_arguments as arguments
+import native_tries as attention
+import torch
+from native_arguments import Arguments, Draw, Sizes
+from native_oracles import EXACT, ORACLES, Outputs, plain
+from native_tries import TRIES
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    op: str
+    name: str
+    make: Callable[[Draw], Arguments]
+    integers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def arguments(self, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        return self.make(Draw(dtype, seed))
+
+
+# hidden, heads, kv_heads, head_dim, width: heads in groups of 1, 2, 4 and 8, every head_dim that
+# models have, widths that are no multiple of a vector or of a tile.
+SIZES = {
+    "d16": Sizes(16, 1, 1, 16, 16),
+    "d32-group2": Sizes(48, 2, 1, 32, 80),
+    "d64-group4": Sizes(80, 4, 1, 64, 112),
+    "d16-group8": Sizes(112, 8, 1, 16, 208),
+    "d80": Sizes(208, 2, 2, 80, 48),
+    "d96-group2": Sizes(64, 4, 2, 96, 64),
+    "d128-group2": Sizes(32, 2, 1, 128, 144),
+    "d256": Sizes(16, 2, 2, 256, 32),
+    "d16-group4": Sizes(128, 8, 2, 16, 336),
+}
+SMALL, MIDDLE, WIDE = SIZES["d16"], SIZES["d32-group2"], SIZES["d16-group4"]
+# None, one, around the rows of a tile, and past a chunk.
+ROWS = (0, 1, 2, 5, 6, 7, 13, 33, 67)
+
+
+def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
+    """Sizes, rows and options of the four dense halves."""
+    found: dict[str, tuple[Sizes, int, dict[str, Any]]] = {}
+    for i, (name, sizes) in enumerate(SIZES.items()):
+        found[name] = (sizes, 5 + 6 * i, {})
+    for rows in ROWS:
+        found[f"rows{rows}"] = (MIDDLE, rows, {})
+    # Beyond what a kernel takes at once of rows, of a sum, of the width in between, of the heads.
+    found["chunks"] = (SMALL, 300, {})
+    found["many-chunks"] = (SMALL, 1100, {})
+    found["deep-sums"] = (Sizes(528, 2, 1, 16, 1104), 13, {})
+    found["many-heads"] = (Sizes(16, 40, 5, 16, 1072), 7, {})
+    if op.startswith("qkv"):
+        for i, (name, sizes) in enumerate(SIZES.items()):
+            found[f"qk-norm-{name}"] = (sizes, 9 + i, {"norms": True})
+        for present in ("q", "k", "v", "kv", "qk"):
+            found[f"only-{present}"] = (WIDE, 11, {"present": present})
+            found[f"only-{present}-norms"] = (MIDDLE, 7, {"present": present, "norms": True})
+        found["rope-scaled"] = (MIDDLE, 9, {"rope": 1.3})
+    if op.endswith("forward"):
+        found["biases"] = (WIDE, 19, {"biases": True})
+        for keep in ("all", "none", "spare"):
+            found[f"keep-{keep}"] = (MIDDLE, 12, {"keep": keep})
+        found["large-eps"] = (MIDDLE, 9, {"eps": 0.1})
+    else:
+        found["one-row-read-by-all"] = (WIDE, 26, {"count": 1})
+        found["many-saved-rows"] = (MIDDLE, 20, {"count": 90})
+    if op == "qkv_forward":
+        found["biases-norms"] = (WIDE, 14, {"biases": True, "norms": True})
+        found["biases-only-kv"] = (MIDDLE, 14, {"biases": True, "present": "kv"})
+    if op == "mlp_forward":
+        for activation in (1, 2):
+            for name, sizes in (("", MIDDLE), ("-wide", WIDE)):
+                found[f"activation{activation}{name}"] = (sizes, 13, {"activation": activation})
+    return found
+
+
+def _dense() -> list[Case]:
+    cases = []
+    for op in ("qkv_forward", "mlp_forward", "mlp_backward", "qkv_backward"):
+        random, integers = getattr(arguments, op), getattr(arguments, f"{op}_integers")
+        for name, (sizes, rows, options) in _situations(op).items():
+            cases.append(Case(op, name, _bound(random, sizes, rows, **options)))
+            if "eps" not in options:  # integers come without
+                cases.append(Case(op, name, _bound(integers, sizes, rows, **options), True))
+    return cases
+
+
+def _bound(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> Callable[..., Arguments]:
+    return lambda draw: make(draw, *sizes, **options)
+
+
+HEADS = {name: (s.heads, s.kv_heads, s.head_dim) for name, s in SIZES.items()}
+
+
+def _attention(op: str, make: Callable[..., Arguments]) -> list[Case]:
+    found: dict[str, Callable[..., Arguments]] = {}
+    for name, trie in TRIES.items():
+        found[name] = _bound(make, trie, *HEADS["d32-group2"])
+        for window in (1, 3, 8):
+            if name in ("long", "group", "deep", "staggered", "reads", "tile-borders"):
+                sizes = HEADS["d16"] if window == 3 else HEADS["d16-group4"]
+                found[f"{name}-window{window}"] = _bound(make, trie, *sizes, window=window)
+    for name, sizes in HEADS.items():
+        found[f"heads-{name}"] = _bound(make, TRIES["group"], *sizes)
+        found[f"reads-heads-{name}"] = _bound(make, TRIES["reads"], *sizes)
+    group, sizes = TRIES["group"], HEADS["d16-group4"]
+    found["window-over-all"] = _bound(make, group, *sizes, window=500)
+    found["softcap"] = _bound(make, group, *sizes, softcap=2.0, gain=3.0)
+    found["softcap-window"] = _bound(make, TRIES["deep"], *sizes, softcap=1.5, window=4, gain=3.0)
+    found["large-scores"] = _bound(make, TRIES["tile-borders"], *sizes, gain=25.0)
+    found["small-scores"] = _bound(make, group, *sizes, gain=1e-3)
+    found["equal-keys"] = _bound(make, group, *sizes, equal_keys=True)
+    found["equal-keys-window"] = _bound(make, TRIES["long"], *sizes, equal_keys=True, window=5)
+    return [Case(op, name, make) for name, make in found.items()]
+
+
+def _attention_integers() -> list[Case]:
+    cases = []
+    options: list[dict[str, Any]] = [{}, {"window": 1}, {"window": 4}, {"window": 200}]
+    for name, trie in TRIES.items():
+        for i, option in enumerate(options):
+            sizes = HEADS[("d16-group4", "d32-group2", "d16", "d80")[i]]
+            label = name + "".join(f"-{k}{v}" for k, v in option.items())
+            one_hot = _bound(attention.forward_one_hot, trie, *sizes, **option)
+            cases.append(Case("attention_forward", label, one_hot, True))
+            ones = _bound(attention.backward_of_ones, trie, *sizes, **option)
+            cases.append(Case("attention_backward", label, ones, True))
+    for name, sizes in HEADS.items():
+        for op, make in (
+            ("attention_forward", attention.forward_one_hot),
+            ("attention_backward", attention.backward_of_ones),
+        ):
+            cases.append(Case(op, f"heads-{name}", _bound(make, TRIES["siblings"], *sizes), True))
+    return cases
+
+
+def _products() -> list[Case]:
+    shapes = [(0, 16, 5), (1, 16, 1), (2, 48, 7), (5, 80, 64), (6, 112, 65), (13, 208, 97)]
+    shapes += [(33, 64, 130), (67, 16, 33), (7, 256, 191), (300, 32, 16)]
+    shapes += [(9, 528, 1030), (1100, 16, 17), (5, 1104, 33)]
+    cases = []
+    for make, integers in ((arguments.linear, False), (arguments.linear_integers, True)):
+        for bias in (False, True):
+            for rows, width, out in shapes:
+                name = f"{rows}x{width}x{out}" + "-bias" * bias
+                cases.append(
+                    Case("linear", name, _bound(make, rows, width, out, bias=bias), integers)
+                )
+    sizes = [(0, 1, 16), (1, 1, 16), (3, 0, 16), (5, 3, 48), (17, 8, 80), (2, 33, 208), (70, 2, 64)]
+    for make, integers in (
+        (arguments.embedding_scores, False),
+        (arguments.embedding_scores_integers, True),
+    ):
+        for readout, word in enumerate(("dot", "l1", "l2")):
+            for rows, lanes, width in sizes:
+                bound = _bound(make, rows, lanes, width, readout=readout)
+                cases.append(
+                    Case("embedding_scores", f"{word}-{rows}x{lanes}x{width}", bound, integers)
+                )
+    return cases
+
+
+CASES = [
+    *_dense(),
+    *_attention("attention_forward", attention.forward),
+    *_attention("attention_backward", attention.backward),
+    *_attention_integers(),
+    *_products(),
+]
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def select(op: str | None = None, integers: bool | None = None) -> list[Case]:
+    return [case for case in CASES if op in (None, case.op) and integers in (None, case.integers)]
+
+
+def many_rows(op: str, draw: Draw) -> Arguments:
+    """Arguments with many complete rows: for what is a matter of statistics, and for threads."""
+    sizes = Sizes(64, 4, 2, 16, 96)
+    if op == "linear":
+        return arguments.linear(draw, 150, 64, 80, bias=True)
+    if op == "embedding_scores":
+        return arguments.embedding_scores(draw, 150, 2, 64)
+    if op == "attention_forward":
+        return attention.forward(draw, TRIES["tile-borders"], 4, 2, 16)
+    if op == "attention_backward":
+        return attention.backward(draw, TRIES["tile-borders"], 4, 2, 16)
+    options = {"keep": "all"} if op.endswith("forward") else {"count": 150}
+    make: Callable[..., Arguments] = getattr(arguments, op)
+    return make(draw, sizes, 150, **options)
+
+
+@cache
+def truth(case: Case, dtype: torch.dtype) -> Outputs:
+    """The op's outputs in float64, for arguments in `dtype`."""
+    a = case.arguments(dtype)
+    if case.integers and case.op == "attention_backward":
+        return attention.given_lse_backward(a)
+    return ORACLES[case.op](a, EXACT)
+
+
+@cache
+def yardstick(case: Case, dtype: torch.dtype) -> Outputs | None:
+    """What plain PyTorch makes of it in low precision; float32 is held to a number instead."""
+    if dtype == torch.float32:
+        return None
+    return ORACLES[case.op](case.arguments(dtype), plain(dtype))

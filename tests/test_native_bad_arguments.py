@@ -1,0 +1,284 @@
+"""What a native op cannot use it refuses, by name, before anything is written.
+
+The kernels trust their pointers, sizes and tables, so everything that could lead outside has to be
+found here. No test in this file may end in a crash: each bad call is refused, or does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import native_tries as attention
+import pytest
+import torch
+from native_arguments import Draw
+from native_calls import Guarded, call_arguments, native, output_shapes, overload, run, schema_names
+from native_cases import HEADS, OPS, TRIES, many_rows, select
+from native_oracles import Arguments
+from torch import Tensor
+
+__all__ = ["native"]
+
+pytestmark = pytest.mark.usefixtures("native")
+
+# One case of every op that takes everything the op can take.
+FULL = {
+    "qkv_forward": "biases-norms",
+    "mlp_forward": "biases",
+    "mlp_backward": "d32-group2",
+    "qkv_backward": "qk-norm-d32-group2",
+    "attention_forward": "group",
+    "attention_backward": "group",
+    "linear": "13x208x97-bias",
+    "embedding_scores": "dot-5x3x48",
+}
+
+
+def full_arguments(op: str) -> Arguments:
+    (case,) = (c for c in select(op, integers=False) if c.name == FULL[op])
+    a = call_arguments(op, case.arguments(torch.bfloat16))
+    assert all(value is not None for value in a.values())
+    return a
+
+
+def tensors(op: str) -> list[str]:
+    """Names of the op's tensors, from its schema-like arguments, without loading anything."""
+    (case,) = (c for c in select(op, integers=False) if c.name == FULL[op])
+    a = case.arguments(torch.bfloat16)
+    names = [n for n, x in a.items() if isinstance(x, Tensor)]
+    return list(dict.fromkeys([*names, *output_shapes(op, a)]))
+
+
+def refuse(op: str, a: Arguments, match: str) -> None:
+    """The op raises and writes nothing, neither to its tensors nor beside them."""
+    guarded = {}
+    for name, x in a.items():
+        if isinstance(x, Tensor) and x.device.type == "cpu" and x.is_contiguous():
+            guarded[name] = Guarded(x)
+    full = a | {name: guard.tensor for name, guard in guarded.items()}
+    with pytest.raises((RuntimeError, NotImplementedError), match=match):
+        overload(op)(*(full[name] for name in schema_names(op)))
+    assert all(guard.unharmed() and guard.unchanged() for guard in guarded.values())
+
+
+def strided(x: Tensor) -> Tensor | None:
+    """The same values with other strides; None where that is not possible."""
+    if x.ndim == 1 and len(x) > 1:
+        return x.repeat_interleave(2)[::2]
+    if x.ndim > 1 and min(x.shape[:2]) > 1:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in OPS for name in tensors(op)], ids=str
+)
+def test_every_tensor_is_checked(op: str, name: str) -> None:
+    a = full_arguments(op)
+    x = a[name]
+    other = {torch.bfloat16: torch.float16, torch.float32: torch.float64}.get(x.dtype, torch.int16)
+    # Where it is the one that tells the model's dtype, another tensor is found not to agree.
+    told = r"dtype" if name in ("input_norm", "post_norm", "q", "weight") else rf"\b{name}\b.*dtype"
+    refuse(op, a | {name: x.to(other)}, told)
+    refuse(op, a | {name: x.long() if x.is_floating_point() else x.float()}, "dtype")
+    refuse(op, a | {name: x[None]}, rf"\b{name}\b")
+    # A table may be longer than what is read of it.
+    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes"):
+        refuse(op, a | {name: torch.cat((x, x[-1:]))}, "shape|exist|end|reach|lanes|heads|multiple")
+    if x.ndim > 1:
+        refuse(op, a | {name: x[..., :-1].contiguous()}, "shape|multiple|heads|suit")
+    moved = strided(x)
+    if moved is not None:
+        refuse(op, a | {name: moved}, rf"\b{name}\b.*contiguous")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "embedding_scores"])
+def test_half_precision_of_the_other_kind_is_refused(op: str) -> None:
+    def half(x: Any) -> Any:
+        return x.half() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+
+    refuse(op, {n: half(x) for n, x in full_arguments(op).items()}, "float32 or bfloat16")
+
+
+def with_entry(name: str, at: tuple[int, ...], value: int) -> Callable[[Arguments], Arguments]:
+    def change(a: Arguments) -> Arguments:
+        table = a[name].clone()
+        table[at] = value
+        return {name: table}
+
+    return change
+
+
+FAR = 2**62
+ROWS = [
+    (op, name, change)
+    for op, name in (
+        ("qkv_forward", "keep"),
+        ("mlp_forward", "keep"),
+        ("qkv_backward", "saved"),
+        ("mlp_backward", "saved"),
+    )
+    for change in (-2, 10**6, 2**31 - 1, -(2**31))
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), ROWS)
+def test_rows_that_do_not_exist_are_refused(op: str, name: str, value: int) -> None:
+    a = full_arguments(op)
+    refuse(op, a | with_entry(name, (1,), value)(a), f"{name}.*got {value}; first at index 1")
+    if name == "saved":
+        refuse(op, a | with_entry(name, (0,), -1)(a), "saved")
+    kept = len(a["rstd"])
+    refuse(op, a | with_entry(name, (2,), kept)(a), f"{name}.*got {kept}")
+
+
+# (table, column, values that cannot be): segments of TRIES["group"], in every column.
+TABLES = {
+    "attention_forward": {
+        "segments": [(0, 0, 1), (1, 0, 16), (1, 1, 3), (1, 2, -1), (1, 2, 37), (1, 2, FAR),
+                     (2, 3, 2), (2, 3, 6), (2, 3, -2), (2, 3, FAR), (1, 1, FAR), (0, 0, -1)],
+        "blocks": [(0, 0, -1), (0, 0, 7), (1, 0, 3), (0, 1, -1), (6, 1, 39), (6, 2, FAR),
+                   (0, 2, -1), (3, 1, FAR)],
+        "positions": [(0, -1), (16, 17), (2, 0), (20, FAR), (17, 3)],
+    },
+    "attention_backward": {
+        "segments": [(0, 0, 1), (1, 0, 16), (1, 1, 3), (1, 2, 37), (1, 2, FAR), (2, 3, 2),
+                     (2, 3, -2), (1, 1, FAR)],
+        "blocks": [(0, 0, -1), (0, 0, 7), (0, 1, -1), (5, 2, FAR), (0, 2, -1), (0, 3, -1),
+                   (0, 3, FAR), (5, 3, 60), (0, 4, -1), (0, 4, FAR), (0, 5, -1), (0, 5, FAR),
+                   (5, 4, 40), (0, 5, 100)],
+        "runs": [(0, 0, -1), (0, 0, 7), (0, 0, 2), (0, 1, -1), (0, 1, FAR), (5, 1, 60), (0, 2, 4),
+                 (0, 2, FAR), (0, 3, -1), (0, 3, FAR), (0, 4, -1), (0, 4, FAR), (0, 4, 100)],
+        "positions": [(0, -1), (0, 3), (2, 17), (3, FAR)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "table", "entry"),
+    [(op, table, entry) for op in TABLES for table in TABLES[op] for entry in TABLES[op][table]],
+    ids=str,
+)
+def test_tables_that_lead_outside_are_refused(op: str, table: str, entry: tuple[int, ...]) -> None:
+    a = full_arguments(op)
+    *at, value = entry
+    assert int(a[table][tuple(at)]) != value
+    refuse(op, a | with_entry(table, tuple(at), value)(a), "expected .*; got .*")
+
+
+@pytest.mark.parametrize("value", [-1, -FAR, FAR])
+@pytest.mark.parametrize("table", ["block_lanes", "run_lanes"])
+def test_lanes_that_cannot_be_names_are_refused(table: str, value: int) -> None:
+    """A kernel may look lanes up in memory of its own."""
+    a = full_arguments("attention_backward")
+    refuse("attention_backward", a | with_entry(table, (0,), value)(a), "lane")
+
+
+SETTINGS: list[tuple[str, dict[str, Any], str]] = [
+    ("qkv_forward", {"head_dim": 0}, "head_dim"),
+    ("qkv_forward", {"head_dim": -16}, "head_dim"),
+    ("qkv_forward", {"head_dim": 8}, "head_dim"),
+    ("qkv_forward", {"head_dim": 512}, "head_dim"),
+    ("qkv_forward", {"head_dim": 48}, "multiple of 48"),
+    ("qkv_forward", {"eps": -1.0}, "eps"),
+    ("qkv_forward", {"eps": float("nan")}, "eps"),
+    ("qkv_forward", {"scaling": float("inf")}, "scaling"),
+    ("qkv_forward", {"q": None}, "q is missing"),
+    ("qkv_forward", {"v": None}, "v is missing"),
+    ("qkv_forward", {"q_normed": None}, "q_normed is missing"),
+    ("qkv_forward", {"k_rstd": None}, "k_rstd is missing"),
+    ("mlp_forward", {"activation": 3}, "activation"),
+    ("mlp_forward", {"activation": -1}, "activation"),
+    ("mlp_forward", {"eps": float("nan")}, "eps"),
+    ("qkv_backward", {"head_dim": 24}, "head_dim"),
+    ("qkv_backward", {"wq": None}, "wq is missing"),
+    ("qkv_backward", {"wv": None}, "wv is missing"),
+    ("qkv_backward", {"q_rstd": None}, "q_rstd is missing"),
+    ("qkv_backward", {"k_normed": None}, "k_normed is missing"),
+    ("attention_forward", {"window": -1}, "window"),
+    ("attention_forward", {"softcap": -1.0}, "softcap"),
+    ("attention_forward", {"softcap": float("nan")}, "softcap"),
+    ("attention_backward", {"window": -1}, "window"),
+    ("attention_backward", {"softcap": float("inf")}, "softcap"),
+    ("embedding_scores", {"readout": 3}, "readout"),
+    ("embedding_scores", {"readout": -1}, "readout"),
+]
+
+
+@pytest.mark.parametrize(("op", "changed", "message"), SETTINGS, ids=str)
+def test_settings_that_cannot_be_are_refused(
+    op: str, changed: dict[str, Any], message: str
+) -> None:
+    refuse(op, full_arguments(op) | changed, message)
+
+
+def narrowed(a: Arguments, sizes: dict[str, tuple[int, int]]) -> Arguments:
+    return {n: a[n].narrow(axis, 0, size).contiguous() for n, (axis, size) in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "message"),
+    [
+        ("linear", {"x": (1, 40), "weight": (1, 40)}, "multiple of 16"),
+        ("linear", {"x": (1, 0), "weight": (1, 0)}, "multiple of 16"),
+        ("embedding_scores", {"values": (1, 33), "grads": (2, 33)}, "multiple of 16"),
+        (
+            "attention_forward",
+            {"q": (2, 8), "k": (2, 8), "v": (2, 8), "out": (2, 8)},
+            "head_dim",
+        ),
+        ("attention_forward", {"k": (1, 0), "v": (1, 0)}, "kv heads"),
+        ("attention_forward", {"q": (1, 0), "out": (1, 0), "lse": (1, 0)}, "heads"),
+    ],
+    ids=str,
+)
+def test_sizes_the_kernels_do_not_serve_are_refused(op, sizes, message) -> None:
+    a = full_arguments(op)
+    refuse(op, a | narrowed(a, sizes), message)
+
+
+def test_heads_that_kv_heads_do_not_divide_are_refused() -> None:
+    a = attention.forward(Draw(torch.float32, 0), TRIES["group"], 3, 2, 16)
+    refuse("attention_forward", call_arguments("attention_forward", a), "number of heads")
+
+
+@pytest.mark.parametrize("op", ["attention_forward", "attention_backward"])
+def test_nothing_to_do_is_done(op: str) -> None:
+    """No segments, blocks or queries: what gets no gradient is still set to zero."""
+    make = getattr(attention, op.removeprefix("attention_"))
+    a = make(Draw(torch.float32, 0), TRIES["group"], *HEADS["d16"])
+    rows = len(a["grad_out"]) if op.endswith("backward") else 0
+    a["blocks"] = a["blocks"][:0]
+    got = run(op, a)
+    if op.endswith("forward"):
+        assert got["out"].isnan().all() and got["lse"].isnan().all()
+        return
+    assert rows and got["dq"].isnan().all() and not got["dk"].any() and not got["dv"].any()
+    without_runs = a | {"runs": a["runs"][:0], "key_rows": 0}
+    assert run(op, without_runs)["dk"].shape[0] == 0
+
+
+# --- what torch asks of an op ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    """Schema, aliasing, tracing. It says nothing about the numbers."""
+    small = next(c for c in select(op, integers=False) if c.name == FULL[op])
+    a = call_arguments(op, small.arguments(dtype))
+    # NaN is not equal to itself, and a copy is compared.
+    a = {n: x.nan_to_num() if isinstance(x, Tensor) else x for n, x in a.items()}
+    torch.library.opcheck(overload(op), tuple(a.values()))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_can_be_compiled_into_a_graph(op: str) -> None:
+    a = many_rows(op, Draw(torch.float32, 1))
+    once = run(op, a)
+    full = call_arguments(op, a)
+    compiled = torch.compile(lambda *x: overload(op)(*x), backend="aot_eager", fullgraph=True)
+    compiled(*full.values())
+    for name, expected in once.items():
+        assert torch.equal(full[name].nan_to_num(), expected.nan_to_num()), name
