@@ -1,4 +1,4 @@
-"""The strongest rival: cached loops in stock PyTorch.
+"""The strongest rivals: cached loops in stock PyTorch.
 
 Three of them, from what the first attempt looks like to the fastest we could write:
 
@@ -7,23 +7,23 @@ Three of them, from what the first attempt looks like to the fastest we could wr
 - `cached_loop`: the same, with the K tails of a response in one batch. The graph is cut at the
   response's K/V: one backward through the batched tails gives every item's K/V gradient, then one
   retained-graph backward of the response per True item. The model is untouched.
-- `tuned_cached_loop`: `cached_loop` with the model's attention and linear layers replaced
-  by ones made of stock PyTorch ops; see `prefix_attention` and `_OneDNNLinear`.
+- `tuned_cached_loop`: `cached_loop` with the inside of the model swapped; see `tuned.py`.
 
-README.md in this folder lists what else was tried, with numbers.
+README.md in this folder lists what else was tried.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
+from bench.tuned import Tuning, tuned
 from bench.workload import Workload
 from g2r_fast.compare import fork_cache as fork
 
@@ -33,21 +33,21 @@ __all__ = [
     "cached_loop_simple",
     "fork",
     "grouped_query_sdpa",
-    "onednn_linears",
     "prompt_cache",
     "tuned_cached_loop",
 ]
 
 Answer = tuple[list[Tensor | None], Tensor]
 
-# Rows of queries per block of `prefix_attention`: of 64, 128, 256 and all, 64 and 128 were fastest.
-QUERY_BLOCK = 128
+# Responses up to this long run as one padded batch: what a call costs outweighs the padding.
+SHORT = 128
 
 
 @torch.no_grad()
-def prompt_cache(model: PreTrainedModel, workload: Workload) -> Cache:
+def prompt_cache(model: PreTrainedModel, workload: Workload, **extra: Any) -> Cache:
     """K and V of the prompt, computed once, without a graph."""
-    return model.model(input_ids=workload.prompt[None], use_cache=True).past_key_values
+    prompt = workload.prompt[None]
+    return model.model(input_ids=prompt, use_cache=True, **extra).past_key_values
 
 
 @contextmanager
@@ -101,157 +101,153 @@ def cached_loop_simple(model: PreTrainedModel, workload: Workload) -> Answer:
 def cached_loop(model: PreTrainedModel, workload: Workload) -> Answer:
     """All tails of a response in one batch; the fastest we found with the model untouched."""
     with grouped_query_sdpa():
-        return _batched_tails(model, workload)
+        return _batched_tails(model, workload, Tuning(), {})
 
 
 def tuned_cached_loop(model: PreTrainedModel, workload: Workload) -> Answer:
-    """`cached_loop` with attention and linear layers swapped for stock PyTorch ops."""
-    # In bfloat16 nn.Linear already runs on oneDNN, so there is nothing to swap.
-    linears = onednn_linears(model) if model.dtype == torch.float32 else nullcontext()
-    with linears:
-        return _batched_tails(model, workload, attention="bench_prefix_split")
+    """`cached_loop` with the inside of the model swapped for faster stock PyTorch."""
+    with tuned(model) as extra:
+        run = _single_tail if len(workload.tails) == 1 else _batched_tails
+        return run(model, workload, extra["tuning"], extra)
 
 
-def _batched_tails(model: PreTrainedModel, workload: Workload, attention: str = "sdpa") -> Answer:
+def _batches(workload: Workload, tuning: Tuning, extra: dict[str, Any]) -> list[range]:
+    """Which responses run together: short ones all, where the model knows of padding."""
+    count = len(workload.responses)
+    if extra and max(len(response) for response in workload.responses) <= SHORT:
+        return [range(count)]
+    return [range(i, i + 1) for i in range(count)]
+
+
+def _padded_left(pieces: list[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `[B, longest]`, their positions from `start` on, and where there is padding."""
+    longest = max(len(piece) for piece in pieces)
+    missing = torch.tensor([longest - len(piece) for piece in pieces])[:, None]
+    ids = torch.stack([torch.nn.functional.pad(p, (longest - len(p), 0)) for p in pieces])
+    places = torch.arange(longest)[None] - missing
+    return ids, start + places.clamp(min=0), places < 0
+
+
+def _forked(prompt: Cache, count: int) -> Cache:
+    """A copy of a cache of batch size one, for `count` sequences."""
+    cache = fork(prompt)
+    cached: list[Any] = cache.layers
+    for layer in cached:
+        layer.keys = layer.keys.expand(count, -1, -1, -1)
+        layer.values = layer.values.expand(count, -1, -1, -1)
+    return cache
+
+
+def _dot(grad: Tensor, embeds: Tensor) -> Tensor:
+    return (grad.float() * embeds.detach().float()).sum(-1)
+
+
+def _batched_tails(
+    model: PreTrainedModel, workload: Workload, tuning: Tuning, extra: dict[str, Any]
+) -> Answer:
     attributions: list[Tensor | None] = []
     logps: list[Tensor] = []
     items = len(workload.tails)
     embed = model.get_input_embeddings()
-    prompt = prompt_cache(model, workload)
-    tails = torch.stack(workload.tails)
-    # Extra forward keywords reach a registered attention function.
-    extra: dict[str, Any] = {} if attention == "sdpa" else {"prefix": len(workload.prompt)}
-    with _attention(model, attention):
-        for i, response in enumerate(workload.responses):
-            embeds = embed(response[None]).requires_grad_()
-            prefix = model.model(
-                inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True, **extra
-            ).past_key_values
-            shared = [x for layer in prefix.layers for x in (layer.keys, layer.values)]
+    tuning.last_rows = slice(0, 0)
+    prompt = prompt_cache(model, workload, **extra)
+    tuning.prefix = len(workload.prompt)
+    for batch in _batches(workload, tuning, extra):
+        ids, positions, padding = _padded_left(
+            [workload.responses[i] for i in batch], len(workload.prompt)
+        )
+        tuning.last_rows = slice(0, 0)
+        tuning.hidden_keys = padding if len(batch) > 1 else None
+        embeds = embed(ids).requires_grad_()
+        prefix = model.model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=_forked(prompt, len(batch)),
+            use_cache=True,
+            **extra,
+        ).past_key_values
+        shared = [x for layer in prefix.layers for x in (layer.keys, layer.values)]
 
-            # Cut the graph: every item gets its own K/V leaf, so that one backward through the
-            # batch of tails returns the K items' gradients apart.
-            leaves = [x.detach().expand(items, -1, -1, -1).requires_grad_() for x in shared]
-            cache = fork(prefix)
-            cached: list[Any] = cache.layers
-            for layer, keys, values in zip(cached, leaves[::2], leaves[1::2], strict=True):
-                layer.keys, layer.values = keys, values
-            hidden = model.model(
-                input_ids=tails, past_key_values=cache, use_cache=True, **extra
-            ).last_hidden_state[:, -1]
-            logits = model.lm_head(hidden).float()
-            logp = torch.log_softmax(logits, -1)[:, workload.target_id]
-            logps.append(logp.detach())
+        # Cut the graph: every item gets its own K/V leaf, so that one backward through the
+        # batch of tails returns the K items' gradients apart.
+        leaves = [_repeated(x.detach(), items).requires_grad_() for x in shared]
+        cache = fork(prefix)
+        cached: list[Any] = cache.layers
+        for layer, keys, values in zip(cached, leaves[::2], leaves[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        tails = torch.stack(workload.tails * len(batch))
+        positions = positions[:, -1:].repeat_interleave(items, 0) + 1 + torch.arange(tails.shape[1])
+        tuning.last_rows = slice(-1, None)
+        if tuning.hidden_keys is not None:
+            padding = torch.cat([padding, padding.new_zeros(len(batch), tails.shape[1])], 1)
+            tuning.hidden_keys = padding.repeat_interleave(items, 0)
+        hidden = model.model(
+            input_ids=tails, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+        ).last_hidden_state[:, -1]
+        logp = torch.log_softmax(model.lm_head(hidden).float(), -1)[:, workload.target_id]
+        logps.append(logp.detach())
 
-            true_items = [k for k in range(items) if workload.is_true(i, k)]
-            found: list[Tensor | None] = [None] * items
-            if true_items:
-                leaf_grads = torch.autograd.grad(logp[true_items].sum(), leaves)
-                for k in true_items:
-                    (grad,) = torch.autograd.grad(
-                        shared, embeds, [g[k : k + 1] for g in leaf_grads], retain_graph=True
-                    )
-                    found[k] = (grad[0].float() * embeds[0].detach().float()).sum(-1)
-            attributions += found
+        true_items = [[k for k in range(items) if workload.is_true(i, k)] for i in batch]
+        found: list[Tensor | None] = [None] * (len(batch) * items)
+        true_rows = [b * items + k for b, chosen in enumerate(true_items) for k in chosen]
+        if true_rows:
+            leaf_grads = torch.autograd.grad(logp[true_rows].sum(), leaves)
+            # The n-th backward takes the n-th True item of every response of the batch.
+            for n in range(max(len(chosen) for chosen in true_items)):
+                rows = [b * items + c[n] for b, c in enumerate(true_items) if n < len(c)]
+                at = [b for b, chosen in enumerate(true_items) if n < len(chosen)]
+                grads = [_placed(g, rows, at, len(batch)) for g in leaf_grads]
+                (grad,) = torch.autograd.grad(shared, embeds, grads, retain_graph=True)
+                for row, b in zip(rows, at, strict=True):
+                    length = len(workload.responses[batch[b]])
+                    found[row] = _dot(grad[b], embeds[b])[-length:]
+        attributions += found
     return attributions, torch.cat(logps)
 
 
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def _repeated(x: Tensor, items: int) -> Tensor:
+    """Every sequence of a batch `items` times in a row; a view where there is one sequence."""
+    return x.expand(items, -1, -1, -1) if len(x) == 1 else x.repeat_interleave(items, 0)
 
 
-def prefix_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, heads, Q, d]
-    key: Tensor,  # [B, kv_heads, S, d]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    prefix: int = 0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention whose first `prefix` keys are constants, in blocks of queries.
-
-    Three savings over scaled_dot_product_attention with a mask, whose backward computes every
-    tile of all five products: no dK and dV for the prompt, no key blocks above the diagonal, and
-    the scores are kept rather than recomputed, which pays where one forward serves K backwards.
-    """
-    batch, heads, rows, width = query.shape
-    kv_heads, keys = key.shape[1:3]
-    group = heads // kv_heads
-    frozen_key = key[:, :, :prefix].detach().transpose(2, 3)
-    frozen_value = value[:, :, :prefix].detach()
-    own_key, own_value = key[:, :, prefix:].transpose(2, 3), value[:, :, prefix:]
-    blocks = []
-    for start in range(0, rows, QUERY_BLOCK):
-        stop = min(rows, start + QUERY_BLOCK)
-        count = stop - start
-        seen = keys - prefix - rows + stop  # own keys that the block's last query attends to
-        hide = torch.full((count, seen), float("-inf"), dtype=query.dtype, device=query.device)
-        hide = hide.triu(seen - count + 1)
-        block = (query[:, :, start:stop] * scaling).reshape(batch, kv_heads, group * count, width)
-        far = block @ frozen_key
-        near = (block @ own_key[..., :seen]).view(batch, kv_heads, group, count, seen) + hide
-        near = near.view(batch, kv_heads, group * count, seen)
-        peak = near.detach().amax(-1, keepdim=True)
-        if prefix:
-            peak = torch.maximum(peak, far.detach().amax(-1, keepdim=True))
-        far, near = (far - peak).exp(), (near - peak).exp()
-        mixed = far @ frozen_value + near @ own_value[:, :, :seen]
-        mixed = mixed / (far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True))
-        blocks.append(mixed.view(batch, heads, count, width))
-    return torch.cat(blocks, 2).transpose(1, 2), None
+def _placed(grads: Tensor, rows: list[int], at: list[int], count: int) -> Tensor:
+    """`grads[rows]` at the places `at` of `count`, zeros elsewhere."""
+    if count == 1:
+        return grads[rows[0] : rows[0] + 1]
+    whole = grads.new_zeros(count, *grads.shape[1:])
+    whole[at] = grads[rows]
+    return whole
 
 
-AttentionInterface.register("bench_prefix_split", prefix_attention)
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T + bias on oneDNN, gradient for x only.
-
-    In float32 nn.Linear runs on MKL, which takes its AVX2 path on processors of another vendor.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: Tensor
-    ) -> Tensor:
-        ctx.transposed = transposed
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].contiguous()
-        grad_x = torch.ops.mkldnn._linear_pointwise(grad, ctx.transposed, None, "none", [], "")
-        return grad_x, None, None, None
-
-
-@contextmanager
-def onednn_linears(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the decoder's linear layers by `_OneDNNLinear`, CPU only.
-
-    The transposed weights are made once per model and kept on the layers.
-    """
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        yield
-        return
-    layers = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
-    for layer in layers:
-        if not hasattr(layer, "bench_transposed"):
-            layer.bench_transposed = layer.weight.detach().t().contiguous()
-        layer.forward = _onednn_forward(layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _onednn_forward(layer: nn.Linear) -> Any:
-    return lambda x: _OneDNNLinear.apply(x, layer.weight, layer.bias, layer.bench_transposed)
+def _single_tail(
+    model: PreTrainedModel, workload: Workload, tuning: Tuning, extra: dict[str, Any]
+) -> Answer:
+    """One item: response and tail in one piece, and one graph for one backward."""
+    attributions: list[Tensor | None] = []
+    logps: list[Tensor] = []
+    tuning.last_rows = slice(0, 0)
+    prompt = prompt_cache(model, workload, **extra)
+    tuning.prefix, tuning.last_rows = len(workload.prompt), slice(-1, None)
+    for batch in _batches(workload, tuning, extra):
+        pieces = [torch.cat([workload.responses[i], workload.tails[0]]) for i in batch]
+        ids, positions, padding = _padded_left(pieces, len(workload.prompt))
+        tuning.hidden_keys = padding if len(batch) > 1 else None
+        embeds = model.get_input_embeddings()(ids).requires_grad_()
+        hidden = model.model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=_forked(prompt, len(batch)),
+            use_cache=True,
+            **extra,
+        ).last_hidden_state[:, -1]
+        logp = torch.log_softmax(model.lm_head(hidden).float(), -1)[:, workload.target_id]
+        logps.append(logp.detach())
+        chosen = [b for b, i in enumerate(batch) if workload.is_true(i, 0)]
+        found: list[Tensor | None] = [None] * len(batch)
+        if chosen:
+            (grads,) = torch.autograd.grad(logp[chosen].sum(), embeds)
+            for b in chosen:
+                scores = _dot(grads[b], embeds[b])[-len(pieces[b]) :]
+                found[b] = scores[: len(workload.responses[batch[b]])]
+        attributions += found
+    return attributions, torch.cat(logps)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness import facts, save, table
+from bench.facts import facts, save
+from bench.harness import Effort
+from bench.tables import table
 
 _results = pytest.StashKey[dict[str, Any]]()
 
@@ -17,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("g2r_fast benchmarks")
     group.addoption("--quick", action="store_true", help="small shapes, equal answers, no timing")
     group.addoption("--save", metavar="NAME", help="write bench/results/NAME.json")
-    group.addoption("--repetitions", type=int, default=5)
-    group.addoption("--slow-repetitions", type=int, default=2)
+    group.addoption("--repetitions", type=int, default=Effort.repetitions)
+    group.addoption("--slow-repetitions", type=int, default=Effort.slow_repetitions)
     group.addoption("--threads", type=int, default=os.cpu_count())
     group.addoption("--rivals", help="comma-separated; default: the scenario's own")
 
@@ -44,6 +46,10 @@ class Results:
         self._config = config
         self._content = config.stash[_results]
 
+    def find(self, section: str, name: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._content.get(section, {}).get(name)
+        return found
+
     def add(self, section: str, name: str, result: dict[str, Any]) -> None:
         if not self._content:
             self._content["facts"] = facts()
@@ -61,17 +67,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     content = config.stash[_results]
     if not content:
         return
-    about = content["facts"]
     terminalreporter.section("g2r_fast benchmarks")
+    about = content["facts"]
     terminalreporter.write_line(
         f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, transformers "
-        f"{about['transformers']}, torch.mm GFLOP/s {about['gemm_gflops']}, load {about['load']}"
+        f"{about['transformers']}, torch.mm GFLOP/s {about['gemm_gflops']}, load {about['load']}, "
+        f"native kernels: {about['native_kernels']}"
     )
     for name, result in content.get("scenarios", {}).items():
         terminalreporter.write_line("")
         terminalreporter.write_line(table(result, name))
     for name, result in content.get("activation_bytes", {}).items():
-        terminalreporter.write_line("")
-        terminalreporter.write_line(f"{name}: {result}")
+        terminalreporter.write_line(f"activation bytes, {name}: {result}")
     if target := config.getoption("--save"):
         terminalreporter.write_line(f"\nsaved {save(target, content)}")

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.harness import command, save
+from bench.facts import command, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

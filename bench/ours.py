@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,7 +16,9 @@ from g2r_fast.engine import PackedEngine
 from g2r_fast.grad2reward import AttributionConfig, VerdictSignal
 from g2r_fast.plan import PackedPlan, PackedSequence
 
-__all__ = ["ours", "ours_saved_bytes"]
+__all__ = ["backend_of", "ours", "ours_reference", "ours_saved_bytes"]
+
+BACKEND = "G2R_BACKEND"
 
 
 def ours(model: PreTrainedModel, workload: Workload) -> tuple[list[Tensor | None], Tensor]:
@@ -38,6 +44,32 @@ def ours(model: PreTrainedModel, workload: Workload) -> tuple[list[Tensor | None
     PackedEngine(model).run(sequences, signal)
     scores = [signal.scores(j) if true else None for j, true in enumerate(workload.true_mask)]
     return scores, torch.tensor([signal.logps[j] for j in range(len(sequences))])
+
+
+def ours_reference(
+    model: PreTrainedModel, workload: Workload
+) -> tuple[list[Tensor | None], Tensor]:
+    """The same with the engine's plain PyTorch operations, whatever else is there."""
+    with _backend("reference"):
+        return ours(model, workload)
+
+
+def backend_of(model: PreTrainedModel) -> str:
+    """What runs the engine's operations for this model, and with which instructions."""
+    return str(FrozenDecoder(model).backend())
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
+    before = os.environ.get(BACKEND)
+    os.environ[BACKEND] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BACKEND]
+        else:
+            os.environ[BACKEND] = before
 
 
 def ours_saved_bytes(model: PreTrainedModel, rows: int) -> int:

@@ -27,7 +27,7 @@ from bench.cached import (
     prompt_cache,
     tuned_cached_loop,
 )
-from bench.ours import ours
+from bench.ours import ours, ours_reference
 from bench.workload import SPECIAL_IDS, Workload
 
 __all__ = ["RIVALS", "Answer", "Passes", "Rival", "Unavailable"]
@@ -308,6 +308,7 @@ def _prompt_cached_passes(w: Workload) -> Passes:
 # "ours" comes first in tables; its passes are those of a loop that shares every prefix.
 RIVALS: dict[str, Rival] = {
     "ours": Rival("g2r_fast", ours, _simple_cached_passes),
+    "ours_reference": Rival("g2r_fast, plain PyTorch", ours_reference, _simple_cached_passes),
     "loop": Rival("loop", loop, _judgement_passes),
     "prompt_cached_loop": Rival("prompt-cached loop", prompt_cached_loop, _prompt_cached_passes),
     "cached_loop_simple": Rival(
@@ -315,7 +316,7 @@ RIVALS: dict[str, Rival] = {
     ),
     "cached_loop": Rival("cached loop", cached_loop, _batched_cached_passes),
     "tuned_cached_loop": Rival(
-        "cached loop, attention and linears swapped", tuned_cached_loop, _batched_cached_passes
+        "cached loop, the model's inside swapped", tuned_cached_loop, _batched_cached_passes
     ),
     "slow_loop": Rival("slow loop", slow_loop, _slow_passes, slow=True),
     "padded": Rival("padded, batches of 8", padded, _padded_passes, slow=True),

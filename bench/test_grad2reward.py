@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from bench.conftest import Results
-from bench.harness import SCENARIOS, GateError, Scenario, compare, gate
-from bench.ours import ours
+from bench.gate import GateError, gate
+from bench.harness import Effort, compare
 from bench.rivals import RIVALS, Answer, Unavailable, loop
+from bench.scenarios import SCENARIOS, Scenario
 
 TINY = Scenario(model="tiny", group_size=3, items=3, prompt=12, response=(5, 21), tail=4)
 QUICK: dict[str, Scenario] = {
@@ -105,25 +106,69 @@ def test_random_weights_are_not_degenerate() -> None:
     assert float((first - second).norm() / first.norm()) > 0.1
 
 
-@pytest.mark.full_size
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_scenario(name: str, results: Results, request: pytest.FixtureRequest) -> None:
-    """Gate and paired repetitions of a scenario; the table is printed at the end of the run."""
+class _Clock:
+    """Shows the time that passes by `spend` alone."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = _Clock()
+FAILED: dict[str, GateError] = {}  # scenarios whose gate was red in this run
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One benchmark per scenario and rival."""
+    if "measured" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--rivals")
+        cases = [
+            pytest.param(name, rival, marks=pytest.mark.benchmark(group=name, timer=CLOCK))
+            for name, scenario in SCENARIOS.items()
+            for rival in (chosen.split(",") if chosen else scenario.rivals)
+        ]
+        metafunc.parametrize(("measured", "rival"), cases, indirect=["measured"])
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, results: Results) -> dict[str, Any]:
+    """Gate and paired, interleaved repetitions of all rivals of a scenario, once for all of its
+    benchmarks; the tables of ratios are printed at the end of the run."""
+    name: str = request.param
+    if (done := results.find("scenarios", name)) is not None:
+        return done
+    if name in FAILED:
+        raise FAILED[name]
     option = request.config.getoption
     chosen = option("--rivals")
-    result = compare(
-        SCENARIOS[name],
-        rivals=chosen.split(",") if chosen else None,
-        repetitions=option("--repetitions"),
-        slow_repetitions=option("--slow-repetitions"),
-        log=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True),
-    )
+    try:
+        result = compare(
+            SCENARIOS[name],
+            rivals=chosen.split(",") if chosen else None,
+            effort=Effort(option("--repetitions"), option("--slow-repetitions")),
+            log=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True),
+        )
+    except GateError as error:
+        FAILED[name] = error
+        raise
     results.add("scenarios", name, result)
+    return result
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize("name", ["h512l8-float32-all-true", "h512l8-bfloat16-all-true"])
-def test_ours_alone(name: str, benchmark: Any) -> None:
-    """Ours in pytest-benchmark's own table, for --benchmark-compare across commits."""
-    model, workload = SCENARIOS[name].build()
-    benchmark.pedantic(ours, args=(model, workload), rounds=5)
+def test_scenario(measured: dict[str, Any], rival: str, benchmark: Any) -> None:
+    """A rival's repetitions as pytest-benchmark reports them, whose clock runs by what they took:
+    left to itself it would time one rival after the other, on a machine that drifts meanwhile."""
+    if rival in measured["unavailable"]:
+        benchmark.skipped = True
+        pytest.skip(measured["unavailable"][rival])
+    entry = measured["rivals"][rival]
+    benchmark.extra_info |= {
+        key: entry[key] for key in ("times_ours", "share_of_peak", "max_relative_error")
+    }
+    seconds = iter(entry["seconds"])
+    benchmark.pedantic(lambda: CLOCK.spend(next(seconds)), rounds=len(entry["seconds"]))

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.cached import fork, grouped_query_sdpa, onednn_linears, prompt_cache
+from bench.cached import fork, grouped_query_sdpa, prompt_cache
 from bench.conftest import Results
-from bench.harness import Scenario
+from bench.scenarios import Scenario
+from bench.tuned import onednn_linears
 from bench.workload import Workload
 from g2r_fast.engine import PackedEngine
 from g2r_fast.grad2reward import AttributionConfig, VerdictSignal

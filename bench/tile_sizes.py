@@ -1,4 +1,4 @@
-"""The two sizes of the eager engine: score elements per attention tile, rows per product.
+"""The two sizes of the plain PyTorch engine: score elements per attention tile, rows per product.
 
     python -m bench.tile_sizes [--save NAME]
 
@@ -10,6 +10,7 @@ g2r_fast/eager/products.py: the rates of torch.mm and of oneDNN at the engine's 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    os.environ["G2R_BACKEND"] = "reference"  # the native kernels have sizes of their own
     content: dict[str, Any] = {"facts": facts(), "gflops": products(10 * arguments.repeats)}
     for shape, rates in content["gflops"].items():
         print(shape, {name: round(rate) for name, rate in rates.items()})

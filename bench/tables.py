@@ -1,0 +1,212 @@
+"""Results as text: a table per scenario in a terminal, and the documents' tables.
+
+A table in a document that is made from results files stands under a comment that names them:
+
+    <!-- from bench/results/grad2reward-….json …; table "speed" of bench/tables.py -->
+
+`python -m bench.publish` rewrites every such comment with its table; tests/test_bench_tables.py
+holds the documents to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.facts import RESULTS
+from bench.rivals import RIVALS
+from bench.scenarios import SCENARIOS
+
+__all__ = [
+    "documents",
+    "marked_tables",
+    "paired_ratio",
+    "render",
+    "result_name",
+    "results_of",
+    "rewritten",
+    "table",
+]
+
+DOCUMENTS = ("README.md", "bench/README.md")
+NOT_RUN = "not run"
+
+
+def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:
+    """Median over the repetitions both took part in of seconds(slower) / seconds(faster)."""
+    rivals = result["rivals"]
+    if slower not in rivals or faster not in rivals:
+        return None
+    pairs = list(zip(rivals[slower]["seconds"], rivals[faster]["seconds"], strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def table(result: dict[str, Any], title: str) -> str:
+    """The result as plain text: medians, spread, and the ratios both ways."""
+    workload = result["workload"]
+    head = (
+        f"{title}: G={workload['G']} K={workload['K']} prompt={workload['prompt']} "
+        f"responses={workload['responses']} tail={workload['tail'][0]} "
+        f"True={workload['true_items']}, {result['required_gflop']['total']:.0f} GFLOP required, "
+        f"ours: {result['backend']}, peak GFLOP/s: {_peak(result)}"
+    )
+    row = "{:<46}{:>9}{:>18}{:>5}{:>11}{:>11}{:>10}{:>9}{:>10}"
+    lines = [
+        head,
+        row.format(
+            "",
+            "median s",
+            "min-max s",
+            "reps",
+            "loop / it",
+            "it / ours",
+            "of peak",
+            "passes",
+            "error",
+        ),
+    ]
+    for name, entry in result["rivals"].items():
+        seconds = entry["seconds"]
+        against_loop = paired_ratio(result, "loop", name)
+        against_ours = paired_ratio(result, name, "ours")
+        lines.append(
+            row.format(
+                entry["title"],
+                f"{statistics.median(seconds):.2f}" if seconds else "-",
+                f"{min(seconds):.2f}-{max(seconds):.2f}" if seconds else "-",
+                len(seconds),
+                f"{against_loop:.2f}x" if against_loop else "-",
+                f"{against_ours:.2f}x" if against_ours else "-",
+                "-" if entry.get("share_of_peak") is None else f"{entry['share_of_peak']:.0%}",
+                sum(entry["passes"].values()),
+                f"{entry['max_relative_error']:.1e}",
+            )
+        )
+    for name, reason in result["unavailable"].items():
+        lines.append(f"{RIVALS[name].title:<46}not run: {reason}")
+    return "\n".join(lines)
+
+
+def _peak(result: dict[str, Any]) -> str:
+    found = result["peak"].get(result["scenario"]["dtype"], {})
+    return f"{found['best_gflops']:.0f}" if "best_gflops" in found else "not measured"
+
+
+def result_name(scenario: str) -> str:
+    """Of a scenario's file in bench/results, without its ending."""
+    return f"grad2reward-{scenario}"
+
+
+def results_of(name: str) -> dict[str, Any] | None:
+    """A scenario's committed result."""
+    path = RESULTS / f"{result_name(name)}.json"
+    if not path.is_file():
+        return None
+    (found,) = json.loads(path.read_text(encoding="utf-8"))["scenarios"].values()
+    return dict(found)
+
+
+Cell = Callable[[dict[str, Any]], str]
+
+
+def _times_ours(rival: str) -> Cell:
+    def cell(result: dict[str, Any]) -> str:
+        ratio = result["rivals"].get(rival, {}).get("times_ours")
+        return NOT_RUN if ratio is None else f"{ratio:.2f}"
+
+    return cell
+
+
+def _share(rival: str) -> Cell:
+    def cell(result: dict[str, Any]) -> str:
+        share = result["rivals"].get(rival, {}).get("share_of_peak")
+        return NOT_RUN if share is None else f"{share * 100:.0f} %"
+
+    return cell
+
+
+def _required(result: dict[str, Any]) -> str:
+    required = result.get("required_gflop")
+    return NOT_RUN if required is None else f"{required['total']:.0f}"
+
+
+_SLOW = tuple(name for name, scenario in SCENARIOS.items() if "padded" in scenario.rivals)
+# Of each table: its rows' scenarios, and its columns.
+_TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {
+    "speed": (
+        tuple(SCENARIOS),
+        {
+            "loop": _times_ours("loop"),
+            "prompt cached": _times_ours("prompt_cached_loop"),
+            "cached loop": _times_ours("cached_loop"),
+            "tuned cached loop": _times_ours("tuned_cached_loop"),
+            "our PyTorch path": _times_ours("ours_reference"),
+        },
+    ),
+    "slow rivals": (
+        _SLOW,
+        {
+            "slow loop": _times_ours("slow_loop"),
+            "padded batches of 8": _times_ours("padded"),
+            "captum": _times_ours("captum"),
+            "inseq": _times_ours("inseq"),
+        },
+    ),
+    "share of peak": (
+        tuple(SCENARIOS),
+        {
+            "required GFLOP": _required,
+            "g2r_fast": _share("ours"),
+            "our PyTorch path": _share("ours_reference"),
+            "tuned cached loop": _share("tuned_cached_loop"),
+            "cached loop": _share("cached_loop"),
+            "loop": _share("loop"),
+        },
+    ),
+}
+
+
+def render(name: str) -> str:
+    """The comment and the table of that name, from the committed files; rows and columns without
+    a single number are left out."""
+    scenarios, columns = _TABLES[name]
+    results = {s: found for s in scenarios if (found := results_of(s)) is not None}
+    rows = {s: [cell(found) for cell in columns.values()] for s, found in results.items()}
+    rows = {s: row for s, row in rows.items() if set(row) != {NOT_RUN}}
+    used = [i for i in range(len(columns)) if any(row[i] != NOT_RUN for row in rows.values())]
+    heads = list(columns)
+    files = " ".join(f"bench/results/{result_name(s)}.json" for s in rows)
+    lines = [
+        f'<!-- from {files or "no results yet"}; table "{name}" of bench/tables.py -->',
+        "| " + " | ".join(["", *(heads[i] for i in used)]).lstrip() + " |",
+        "|---" * (1 + len(used)) + "|",
+    ]
+    for scenario, row in rows.items():
+        cells = [SCENARIOS[scenario].label, *(row[i] for i in used)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_MARKED = re.compile(
+    r'<!-- from [^>]*table "([^"]+)" of bench/tables\.py -->\n(?:\|[^\n]*(?:\n|$))*'
+)
+
+
+def rewritten(text: str) -> str:
+    """A document with every table of ours as `render` gives it."""
+    return _MARKED.sub(lambda found: render(found[1]) + "\n", text)
+
+
+def marked_tables(text: str) -> list[str]:
+    """Names of the tables in a document that are made here."""
+    return [found[1] for found in _MARKED.finditer(text)]
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Every document that may hold such tables, as it should read."""
+    paths = [root / name for name in DOCUMENTS]
+    return {path: rewritten(path.read_text(encoding="utf-8")) for path in paths}
