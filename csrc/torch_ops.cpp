@@ -104,6 +104,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
     library.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
     library.def(
         "embedding_scores(Tensor values, Tensor grads, int readout, Tensor(a!) scores) -> ()");
+    library.def(
+        "attribution_rewards(Tensor scores, Tensor offsets, float temperature, bool standardise, "
+        "Tensor weights, Tensor starts, Tensor(a!) alpha, Tensor(b!) rewards) -> ()");
     library.def("cpu_kernels() -> str");
     library.def("built_cpu_kernels() -> str");
     library.def("use_cpu_kernels(str name) -> ()");
@@ -118,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CPU, library) {
     library.impl("attention_backward", TORCH_BOX(&g2r_torch::attention_backward));
     library.impl("linear", TORCH_BOX(&g2r_torch::linear));
     library.impl("embedding_scores", TORCH_BOX(&g2r_torch::embedding_scores));
+    library.impl("attribution_rewards", TORCH_BOX(&g2r_torch::attribution_rewards));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CompositeExplicitAutograd, library) {

@@ -61,4 +61,8 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, cons
 void embedding_scores(const Tensor& values, const Tensor& grads, int64_t readout,
                       const Tensor& scores);
 
+void attribution_rewards(const Tensor& scores, const Tensor& offsets, double temperature,
+                         bool standardise, const Tensor& weights, const Tensor& starts,
+                         const Tensor& alpha, const Tensor& rewards);
+
 }  // namespace g2r_torch

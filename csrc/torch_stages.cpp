@@ -1,4 +1,4 @@
-// Arguments of the row operations: norms, projections, feed-forward, read-out.
+// Arguments of the row operations: norms, projections, feed-forward.
 #include "torch_ops.h"
 
 namespace g2r_torch {
@@ -254,22 +254,6 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, cons
     op.linear = linear_of(checks, weight, "weight", bias, "bias", storage, outputs, width);
     op.out = checks.out<float>(out, "out", kFloat, {op.rows, outputs});
     if (op.rows > 0 && outputs > 0) kernels_in_use().linear_forward(op);
-}
-
-void embedding_scores(const Tensor& values, const Tensor& grads, int64_t readout,
-                      const Tensor& scores) {
-    const Checks checks("embedding_scores");
-    checks.between("readout", readout, 0, 2);
-    g2r::EmbeddingScores op{};
-    op.readout = static_cast<g2r::Readout>(readout);
-    op.rows = checks.size(grads, "grads", 3, 0);
-    op.lanes = checks.size(grads, "grads", 3, 1);
-    op.width = checks.size(grads, "grads", 3, 2);
-    checks.multiple("the width of grads", op.width, 16);
-    op.values = checks.in<float>(values, "values", kFloat, {op.rows, op.width});
-    op.grads = checks.in<float>(grads, "grads", kFloat, {op.rows, op.lanes, op.width});
-    op.scores = checks.out<float>(scores, "scores", kFloat, {op.rows, op.lanes});
-    if (op.rows > 0 && op.lanes > 0) kernels_in_use().embedding_scores(op);
 }
 
 }  // namespace g2r_torch

@@ -114,6 +114,11 @@ class Alignment:
             share += [overlap / total for overlap in overlaps]
         return cls(judge, policy, share, len(judge_spans), len(policy_spans))
 
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether judge token j stands for policy token j and nothing else, for every j."""
+        return self.judge == self.policy == list(range(self.judge_count))
+
     def judge_tokens(self, start: int, stop: int) -> Span:
         """The judge tokens `[first, last)` with any share in policy tokens [start, stop).
 

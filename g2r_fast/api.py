@@ -130,7 +130,7 @@ def attribute_batch(
         attributed = time.perf_counter()
 
         own_tokens = batch.own_tokens(judge.device)
-        rows = [method.row(i, own) for i, own in enumerate(own_tokens)]
+        rows = method.rows(own_tokens, keep_attributions)
         scores = torch.tensor([row.score for row in rows], dtype=torch.float32, device=judge.device)
         token_rewards = [row.token_rewards for row in rows]
         advantages, counts = token_advantages_with_counts(

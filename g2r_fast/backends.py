@@ -18,7 +18,16 @@ import torch
 from . import native_ops
 from .errors import BackendError, InputError
 
-__all__ = ["BACKENDS", "Backend", "Candidate", "Request", "choose", "describe", "native_serves"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Candidate",
+    "Request",
+    "choose",
+    "describe",
+    "native_is_there",
+    "native_serves",
+]
 
 BACKENDS = ("native", "triton", "reference")
 VARIABLE = "G2R_BACKEND"
@@ -99,6 +108,12 @@ def native_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return _wanted() in ("auto", "native") and not _native_reasons(
         Request(device, dtype, width, _NATIVE_STEP, _NATIVE_STEP)
     )
+
+
+def native_is_there(device: torch.device) -> bool:
+    """Whether native kernels that ask nothing of a model run here; nothing is compiled for them."""
+    wanted = _wanted() in ("auto", "native")
+    return wanted and device.type == "cpu" and native_ops.load(build=False) is None
 
 
 def _wanted() -> str:

@@ -294,7 +294,7 @@ class CanaryRun:
                 earned += weight
                 hit = CanaryHit(self.prompts + answer.prompt, k, canary.name, margin, weight < 0)
                 self._hits.append(hit)
-        if not canary.per_item:  # the score of `rubric_rewards`
+        if not canary.per_item:  # the score of `VerdictRewards`
             possible = math.fsum(max(item.weight, 0.0) for item in items)
             tally.scores.append(earned / possible if possible > 0 else 0.0)
 

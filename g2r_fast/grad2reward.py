@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .ops import embedding_scores
+from .ops import attribution, embedding_scores
 from .plan import Read
 from .signal import Cotangents, LeafRows
 
@@ -125,11 +125,7 @@ def softmax_attribution(scores: Tensor, config: AttributionConfig) -> Tensor:
     wide = scores.double()
     if config.readout == "uniform" or not len(scores):
         return torch.full_like(wide, 1.0 / max(1, len(scores)))
-    if config.standardise:
-        std = wide.std(correction=0)
-        flat = std <= 1e-6 * wide.abs().max()
-        wide = torch.zeros_like(wide) if flat else wide / std
-    return (wide / config.temperature).softmax(-1)
+    return attribution(wide, config.temperature, config.standardise)
 
 
 class EmbeddingScores:

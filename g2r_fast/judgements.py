@@ -104,6 +104,14 @@ class Judgements:
             for r in self.requests
         ]
 
+    def attributed_parts(self, judgements: range) -> list[Span]:
+        """Attributed parts of a response in its own ids, the same for all its judgements."""
+        if not judgements:
+            return []
+        request = self.requests[judgements[0]]
+        first = request.response_span[0]
+        return [(start - first, stop - first) for start, stop in request.response_spans]
+
     def own_spans(self, row: int) -> list[Span]:
         """The attributed parts of a response, in policy tokens."""
         count = self.responses[row].token_count

@@ -29,6 +29,7 @@ _EQUAL: dict[str, tuple[tuple[str, int, str, int], ...]] = {
     "attention_backward": (("k", 0, "v", 0), ("q", 0, "positions", 0), ("grad_out", 0, "dq", 0)),
     "linear": (("weight", 1, "x", 1), ("x", 0, "out", 0), ("weight", 0, "out", 1)),
     "embedding_scores": (("values", 0, "grads", 0), ("values", 1, "grads", 2)),
+    "attribution_rewards": (("scores", 0, "alpha", 0), ("weights", 0, "starts", 0)),
 }
 OPS = tuple(_EQUAL)
 
@@ -37,10 +38,11 @@ _loaded = False
 _reason: str | None = None
 
 
-def load() -> str | None:
+def load(build: bool = True) -> str | None:
     """Make the ops available, once; the reason why they are not, None when they are.
 
-    The first call compiles the library where it is missing, see `g2r_fast.native`. Raises
+    The first call compiles the library where it is missing, unless `build` is False, see
+    `g2r_fast.native`. Raises
     InputError where `G2R_CPU` names kernels that this processor cannot run, or `G2R_BUILD`
     nothing it knows.
     """
@@ -48,15 +50,16 @@ def load() -> str | None:
     if not _loaded:
         with _first_use:
             if not _loaded:
-                _reason = _load()
-                _loaded = _reason is None or not native.is_looking_only()
+                _reason = _load(build)
+                tried = build and not native.is_looking_only()
+                _loaded = _reason is None or tried
     return _reason
 
 
-def _load() -> str | None:
+def _load(build: bool) -> str | None:
     if not hasattr(torch.ops.g2r_fast, "cpu_kernels"):
         # Else this module was imported a second time: a library registers its ops only once.
-        _, status = native.load_part(CPU_OPS, torch.ops.load_library, build=True)
+        _, status = native.load_part(CPU_OPS, torch.ops.load_library, build=build)
         if status.reason is not None:
             return status.reason
         for name in OPS:

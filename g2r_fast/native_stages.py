@@ -5,6 +5,9 @@ Only calls: checks are in backends.py, layouts in csrc/cpu/kernels.h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 
 from .families import LayerWeights, Linear
@@ -14,6 +17,7 @@ from .tape import MlpTape, NormTape, Rotary
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "attribution_rewards",
     "embedding_scores",
     "linear",
     "mlp_backward",
@@ -240,6 +244,30 @@ def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) ->
         values.contiguous(), grads.contiguous(), _READOUTS[readout], scores
     )
     return scores
+
+
+def attribution_rewards(
+    scores: torch.Tensor,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    starts: Sequence[int],
+    count: int,
+    temperature: float,
+    standardise: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    alpha = torch.empty(len(scores), dtype=torch.float64)
+    rewards = torch.empty(count, dtype=torch.float64)
+    torch.ops.g2r_fast.attribution_rewards(
+        scores.contiguous(),
+        torch.tensor([0, *accumulate(lengths)]),
+        temperature,
+        standardise,
+        torch.tensor(weights, dtype=torch.float64),
+        torch.tensor(starts, dtype=torch.int64),
+        alpha,
+        rewards,
+    )
+    return alpha, rewards
 
 
 def _linear_if(

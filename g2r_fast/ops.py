@@ -8,16 +8,17 @@ where it is kept or what of that it reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import native_stages
-from .backends import Backend, native_serves
+from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import rows as eager_rows
 from .eager import stages as eager_stages
-from .eager.rows import rms_norm, rms_norm_backward
+from .eager.rows import attribution, rms_norm, rms_norm_backward
 from .families import LayerWeights, Linear
 from .tables import QueryTables, RowMap, Watch
 from .tape import MlpTape, NormTape, Rotary
@@ -26,6 +27,8 @@ __all__ = [
     "Watch",
     "attention_backward",
     "attention_forward",
+    "attribution",
+    "attribution_rewards",
     "embedding_scores",
     "linear",
     "linear_backward",
@@ -204,6 +207,27 @@ def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) ->
     )
     run = native_stages.embedding_scores if native else eager_rows.embedding_scores
     return run(values, grads, readout)
+
+
+def attribution_rewards(
+    scores: torch.Tensor,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    starts: Sequence[int],
+    count: int,
+    *,
+    temperature: float,
+    standardise: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`alpha_j = attribution(b_j)`, and `rewards[start_j : start_j + len(b_j)] += w_j * alpha_j`.
+
+    b = scores.split(lengths); scores `[total]` float64; lengths, weights and starts J each.
+    Returns alpha `[total]` and rewards `[count]`, float64, which start from 0 and are summed in the
+    order of j, whatever the number of threads. `temperature`, `standardise`: see `attribution`.
+    """
+    native = native_is_there(scores.device)
+    run = native_stages.attribution_rewards if native else eager_rows.attribution_rewards
+    return run(scores, lengths, weights, starts, count, temperature, standardise)
 
 
 def _stages(backend: Backend) -> Any:

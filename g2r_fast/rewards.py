@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .checks import given_verdicts
-from .grad2reward import (
-    AttributionConfig,
-    EmbeddingScores,
-    OutcomeSignal,
-    VerdictSignal,
-    softmax_attribution,
-)
+from .grad2reward import AttributionConfig, EmbeddingScores, OutcomeSignal, VerdictSignal
 from .judge import Judge
 from .judgements import Judgements
+from .ops import attribution_rewards
 from .reward_model import RewardModel
 from .rubric import Rubric
 
 __all__ = [
     "AttributionSummary",
     "OutcomeRewards",
+    "PolicyAttributions",
     "TokenRewards",
     "VerdictRewards",
-    "outcome_rewards",
-    "policy_attribution",
-    "rubric_rewards",
 ]
 
 
@@ -40,99 +34,94 @@ class TokenRewards:
     score: float
     token_rewards: Tensor  # [T] float32
     mean_attribution: Tensor  # [T] float32
-    attributions: list[Tensor | None]  # K of [T] float32
+    attributions: list[Tensor | None]  # K of [T] float32, None for False items; [] if not kept
 
 
-def rubric_rewards(
-    attributions: Sequence[Tensor | None],
-    verdicts: Sequence[bool],
-    weights: Sequence[float],
-    own_tokens: Tensor,
-) -> TokenRewards:
-    """`r = sum_k 1[z_k] w_k alpha_k / sum_k max(w_k, 0)` for one response, one softmax per item.
+class PolicyAttributions:
+    """`alpha_j = softmax(b_j / tau)` of judgements, and `r = sum_j w_j alpha_j` of each response.
 
-    The score is the same sum without alpha (arXiv 2602.01791, Eqs. 1 and 5 over a rubric); both
-    are 0 where no weight is positive. `mean_attribution` is
-    `sum_k 1[z_k] |w_k| alpha_k / sum_k 1[z_k] |w_k|`, uniform over the response's own tokens where
-    no item came out True.
+    In one call for a whole batch, over the tokens of the model that were attributed; the sums are
+    then brought onto policy tokens, which a sum commutes with. arXiv 2602.01791, Eqs. 4 and 5.
 
-    attributions: K tensors `[T]` float64, None for False items; own_tokens: `[T]` bool.
+    weights: w of every judgement that is attributed, ascending by judgement.
     """
-    positive = math.fsum(max(w, 0.0) for w in weights)
-    rewards = torch.zeros(own_tokens.shape, dtype=torch.float64, device=own_tokens.device)
-    mean = torch.zeros_like(rewards)
-    earned = magnitude = 0.0
-    for alpha, verdict, weight in zip(attributions, verdicts, weights, strict=True):
-        if verdict and alpha is not None:
-            rewards += weight * alpha
-            mean += abs(weight) * alpha
-            earned += weight
-            magnitude += abs(weight)
-    if magnitude > 0.0:
-        mean /= magnitude
-    else:
-        mean = own_tokens / own_tokens.sum().clamp(min=1)
-    if positive > 0.0:
-        rewards /= positive
-    else:
-        rewards.zero_()
-    return TokenRewards(
-        score=earned / positive if positive > 0.0 else 0.0,
-        token_rewards=rewards.float(),
-        mean_attribution=mean.float(),
-        attributions=[None if a is None else a.float() for a in attributions],
-    )
 
+    def __init__(
+        self,
+        signal: EmbeddingScores,
+        batch: Judgements,
+        weights: Mapping[int, float],
+        config: AttributionConfig,
+        summary: AttributionSummary,
+    ) -> None:
+        self._batch = batch
+        self._uniform = config.readout == "uniform"
+        # The judgements of a response differ in what comes after it: all attribute these tokens.
+        self._parts = [batch.attributed_parts(of) for of in batch.items_of]
+        counts = [sum(stop - start for start, stop in parts) for parts in self._parts]
+        starts = [0, *accumulate(counts)]
+        self._row_of = {j: row for row, of in enumerate(batch.items_of) for j in of}
+        rows = [self._row_of[j] for j in weights]
+        nothing = torch.zeros(0, dtype=torch.float64, device=signal.device)
+        alpha, rewards = attribution_rewards(
+            torch.cat([nothing, *(self._scores(signal, j) for j in weights)]),
+            [counts[row] for row in rows],
+            list(weights.values()),
+            [starts[row] for row in rows],
+            starts[-1],
+            temperature=config.temperature,
+            standardise=config.standardise,
+        )
+        self._rewards = rewards.split(counts)
+        self._alphas = dict(zip(weights, alpha.split([counts[row] for row in rows]), strict=True))
+        for one in self._alphas.values():
+            summary.add(one)
 
-def outcome_rewards(
-    attribution: Tensor, value: float, own_tokens: Tensor, add_outcome: bool
-) -> TokenRewards:
-    """`r = alpha * V`, and V added to the last token's reward (arXiv 2602.01791, Eqs. 14 and 15).
+    def alpha(self, judgement: int) -> Tensor:
+        """alpha of one judgement per policy token `[T]` float64, 0 where nothing is attributed."""
+        return self._to_policy(self._row_of[judgement], self._alphas[judgement])
 
-    The rewards sum to 2 V, or to V where `add_outcome` is False; where a response has tokens and
-    none of them was read (a final EOS alone), alpha is zero and only the addition is left.
+    def rewards(self, row: int) -> Tensor:
+        """`sum_j w_j alpha_j` of one response per policy token `[T]` float64."""
+        return self._to_policy(row, self._rewards[row])
 
-    attribution: `[T]` float64; own_tokens: `[T]` bool, the last of them takes the addition.
-    """
-    rewards = attribution * value
-    own = own_tokens.nonzero()
-    if add_outcome and len(own):
-        rewards[own[-1]] += value
-    return TokenRewards(
-        score=value,
-        token_rewards=rewards.float(),
-        mean_attribution=attribution.float(),
-        attributions=[attribution.float()],
-    )
+    def magnitudes(self, row: int, weights: Mapping[int, float]) -> Tensor:
+        """`sum_j |w_j| alpha_j`, as `rewards`."""
+        if all(weight >= 0.0 for weight in weights.values()):
+            return self.rewards(row)
+        total = torch.zeros_like(self._rewards[row])
+        for judgement, weight in weights.items():
+            total += abs(weight) * self._alphas[judgement]
+        return self._to_policy(row, total)
 
+    def _scores(self, signal: EmbeddingScores, judgement: int) -> Tensor:
+        """b of the attributed tokens, one part behind the other; all alike where none is read."""
+        scores, parts = signal.scores(judgement), self._parts[self._row_of[judgement]]
+        if self._uniform:
+            scores = torch.zeros_like(scores)
+        if len(parts) < 2:
+            return scores
+        first = parts[0][0]
+        return torch.cat([scores[start - first : stop - first] for start, stop in parts])
 
-def policy_attribution(
-    signal: EmbeddingScores,
-    batch: Judgements,
-    row: int,
-    judgement: int,
-    config: AttributionConfig,
-    summary: AttributionSummary,
-) -> Tensor:
-    """alpha of one judgement per policy token `[T]` float64, zero outside the attributed parts."""
-    request, alignment = batch.requests[judgement], batch.responses[row].alignment
-    scores = signal.scores(judgement)
-    start, _ = signal.spans[judgement]
-    inside = [slice(a - start, b - start) for a, b in request.response_spans]
-    alpha = softmax_attribution(
-        torch.cat([scores[part] for part in inside]) if inside else scores, config
-    )
-    summary.add(alpha)
-    first = request.response_span[0]
-    tokens = [t for a, b in request.response_spans for t in range(a - first, b - first)]
-    own = batch.own_spans(row)
-    if config.readout == "uniform":  # over policy tokens: spelling one out must not pay
-        policy = alpha.new_zeros(alignment.policy_count)
-        read = alignment.policy_tokens(tokens, own)
-        policy[read] = 1.0 / max(1, len(read))
-        return policy
-    # Several judge tokens may spell one policy token: their shares add up on it.
-    return alignment.to_policy(alpha, tokens, own)
+    def _to_policy(self, row: int, values: Tensor) -> Tensor:
+        """Sums over alphas of one response, `[attributed tokens]`, per policy token `[T]`."""
+        alignment, parts = self._batch.responses[row].alignment, self._parts[row]
+        policy = values.new_zeros(alignment.policy_count)
+        if alignment.is_identity:
+            at = 0
+            for start, stop in parts:
+                policy[start:stop] = values[at : at + stop - start]
+                at += stop - start
+            return policy
+        tokens = [token for start, stop in parts for token in range(start, stop)]
+        own = self._batch.own_spans(row)
+        if self._uniform:  # over policy tokens: spelling one out must not pay
+            read = alignment.policy_tokens(tokens, own)
+            policy[read] = values.sum() / max(1, len(read))
+            return policy
+        # Several judge tokens may spell one policy token: their shares add up on it.
+        return alignment.to_policy(values, tokens, own)
 
 
 class VerdictRewards:
@@ -160,16 +149,45 @@ class VerdictRewards:
             batch.labels(),
         )
 
-    def row(self, row: int, own_tokens: Tensor) -> TokenRewards:
-        verdicts = self.verdicts()[row]
-        attributions = [
-            policy_attribution(self.signal, self.batch, row, j, self.config, self.summary)
-            if is_true
-            else None
-            for j, is_true in zip(self.batch.items_of[row], verdicts, strict=True)
-        ]
-        weights = [rubric.weight for rubric in self.items[row]]
-        return rubric_rewards(attributions, verdicts, weights, own_tokens)
+    def rows(self, own_tokens: Sequence[Tensor], keep: bool = False) -> list[TokenRewards]:
+        """Every response; own_tokens: N of `[T]` bool; keep: its attributions too."""
+        pairs = zip(self.batch.items_of, self.items, strict=True)
+        weights = {j: item.weight for of, items in pairs for j, item in zip(of, items, strict=True)}
+        earning = {j: weight for j, weight in weights.items() if self.signal.verdicts[j]}
+        shares = PolicyAttributions(self.signal, self.batch, earning, self.config, self.summary)
+        return [self._row(row, shares, earning, own, keep) for row, own in enumerate(own_tokens)]
+
+    def _row(
+        self,
+        row: int,
+        shares: PolicyAttributions,
+        earning: Mapping[int, float],
+        own_tokens: Tensor,
+        keep: bool,
+    ) -> TokenRewards:
+        """`r = sum_k 1[z_k] w_k alpha_k / sum_k max(w_k, 0)` for one response.
+
+        The score is the same sum without alpha (arXiv 2602.01791, Eqs. 1 and 5 over a rubric); both
+        are 0 where no weight is positive. `mean_attribution` is
+        `sum_k 1[z_k] |w_k| alpha_k / sum_k 1[z_k] |w_k|`, uniform over the response's own tokens
+        where no item came out True.
+        """
+        judgements = self.batch.items_of[row]
+        true = {j: earning[j] for j in judgements if j in earning}
+        positive = math.fsum(max(item.weight, 0.0) for item in self.items[row])
+        magnitude = sum(map(abs, true.values()))
+        rewards = shares.rewards(row)
+        if magnitude > 0.0:
+            mean = shares.magnitudes(row, true) / magnitude
+        else:
+            mean = own_tokens / own_tokens.sum().clamp(min=1)
+        kept = [shares.alpha(j).float() if j in true else None for j in judgements] if keep else []
+        return TokenRewards(
+            score=sum(true.values()) / positive if positive > 0.0 else 0.0,
+            token_rewards=(rewards / positive if positive > 0.0 else rewards.zero_()).float(),
+            mean_attribution=mean.float(),
+            attributions=kept,
+        )
 
     def verdicts(self) -> list[list[bool]]:
         return [[self.signal.verdicts[j] for j in of] for of in self.batch.items_of]
@@ -192,9 +210,32 @@ class OutcomeRewards:
         labels = [f"row {i}" for i in range(len(batch.requests))]
         self.signal = OutcomeSignal(batch.attributed_spans(), config.readout, judge.device, labels)
 
-    def row(self, row: int, own_tokens: Tensor) -> TokenRewards:
-        alpha = policy_attribution(self.signal, self.batch, row, row, self.config, self.summary)
-        return outcome_rewards(alpha, self.signal.values[row], own_tokens, self.add_outcome)
+    def rows(self, own_tokens: Sequence[Tensor], keep: bool = False) -> list[TokenRewards]:
+        """Every response; own_tokens: N of `[T]` bool; keep: its attribution too."""
+        values = {row: self.signal.values[row] for row in range(len(own_tokens))}
+        shares = PolicyAttributions(self.signal, self.batch, values, self.config, self.summary)
+        return [self._row(row, shares, own, keep) for row, own in enumerate(own_tokens)]
+
+    def _row(
+        self, row: int, shares: PolicyAttributions, own_tokens: Tensor, keep: bool
+    ) -> TokenRewards:
+        """`r = V alpha`, and V added to the last token's reward (arXiv 2602.01791, Eqs. 14 and 15).
+
+        The rewards sum to 2 V, or to V where `add_outcome` is False; where a response has tokens
+        and none of them was read (a final EOS alone), alpha is zero and only the addition is left.
+        The last of the response's own tokens takes the addition.
+        """
+        value, rewards = self.signal.values[row], shares.rewards(row)
+        own = own_tokens.nonzero()
+        if self.add_outcome and len(own):
+            rewards[own[-1]] += value
+        attribution = shares.alpha(row).float()
+        return TokenRewards(
+            score=value,
+            token_rewards=rewards.float(),
+            mean_attribution=attribution,
+            attributions=[attribution] if keep else [],
+        )
 
     def verdicts(self) -> list[list[bool]]:
         return [[] for _ in self.batch.responses]

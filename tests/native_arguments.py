@@ -7,6 +7,7 @@ then sum in any order and round where it likes, and still has one right answer, 
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -321,6 +322,51 @@ def embedding_scores_integers(
 ) -> Arguments:
     a = embedding_scores(draw, rows, lanes, width, readout=readout)
     return a | {"values": draw.integers(rows, width), "grads": draw.integers(rows, lanes, width)}
+
+
+def attribution_rewards(
+    draw: Draw,
+    lengths: list[int],
+    *,
+    temperature: float = 1.0,
+    standardise: bool = False,
+    spread: float = 1e-3,
+    mean: float = 0.0,
+) -> Arguments:
+    """Three segments to a response, which begin at its first, second and third token."""
+    starts, count = list[int](), 1
+    for j, length in enumerate(lengths):
+        first = count if j % 3 == 0 else starts[-1] - (j - 1) % 3
+        starts.append(first + j % 3)
+        count = max(count, starts[-1] + length)
+    total = sum(lengths)
+    return {
+        # Digits that float32 does not hold.
+        "scores": mean + spread / 3 * draw.normal(total).double(),
+        "offsets": torch.tensor([0, *accumulate(lengths)]),
+        "weights": draw.normal(len(lengths), scale=2.0).double() / 3,
+        "starts": torch.tensor(starts, dtype=torch.int64),
+        "count": count + 2,  # nobody earns the first and the last two
+        "temperature": temperature,
+        "standardise": standardise,
+    }
+
+
+def attribution_rewards_integers(
+    draw: Draw, lengths: list[int], *, standardise: bool = False
+) -> Arguments:
+    """Alphas are 0 and 1 / n with n a power of two: scores are two numbers, far from each other.
+
+    Lengths are powers of two, or 0. Standardised the scores are ±1, half of them each.
+    """
+    a = attribution_rewards(draw, lengths, temperature=2.0**-11, standardise=standardise)
+    scores = []
+    for length in lengths:
+        high = length if length < 2 else length // 2
+        part = torch.cat((torch.ones(high), -torch.ones(length - high)))
+        scores.append(part[draw.order(length)].double())
+    weights = draw.one_of([-3.0, -1.0, 1.0, 2.0], len(lengths)).double()
+    return a | {"scores": torch.cat([torch.zeros(0).double(), *scores]), "weights": weights}
 
 
 # Arguments that are float32 whatever the model's dtype.

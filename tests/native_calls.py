@@ -100,6 +100,9 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
         return {"out": ((len(a["x"]), len(a["weight"])), wide)}
     if op == "embedding_scores":
         return {"scores": (tuple(a["grads"].shape[:2]), wide)}
+    if op == "attribution_rewards":
+        double = torch.float64
+        return {"alpha": (tuple(a["scores"].shape), double), "rewards": ((a["count"],), double)}
     if op == "qkv_backward":
         return {}
     dtype = next(a[n] for n in ("input_norm", "post_norm", "q") if a.get(n) is not None).dtype

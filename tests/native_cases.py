@@ -170,14 +170,45 @@ def _products() -> list[Case]:
     return cases
 
 
+def _attributions() -> list[Case]:
+    # None, one, around eight, and past what a response has.
+    ragged = [3, 0, 1, 2, 7, 8, 9, 16, 17, 0, 31, 450, 1030, 5, 5, 5, 1]
+    found: dict[str, Callable[..., Arguments]] = {}
+    for name, lengths in {"ragged": ragged, "one": [13], "empty": [0, 0], "none": []}.items():
+        for standardise in (False, True):
+            label = name + "-standardised" * standardise
+            for word, temperature in (("", 1.0), ("-warm", 30.0), ("-sharp", 0.2), ("-cold", 1e-3)):
+                options = {"temperature": temperature * (1 if standardise else 1e-3)}
+                found[label + word] = _bound(
+                    arguments.attribution_rewards, lengths, standardise=standardise, **options
+                )
+    for word, spread in (("none", 0.0), ("below", 2e-6), ("above", 4e-6), ("ample", 1e-3)):
+        found[f"spread-{word}"] = _bound(
+            arguments.attribution_rewards, [40, 41, 0, 1], standardise=True, spread=spread, mean=-1
+        )
+    cases = [Case("attribution_rewards", name, make) for name, make in found.items()]
+    powers = [2, 1, 0, 4, 16, 512, 8, 8, 64, 32, 1, 128]
+    for name, lengths in {"ragged": powers, "one": [16], "none": []}.items():
+        for standardise in (False, True):
+            make = _bound(arguments.attribution_rewards_integers, lengths, standardise=standardise)
+            label = name + "-standardised" * standardise
+            cases.append(Case("attribution_rewards", label, make, True))
+    return cases
+
+
 CASES = [
     *_dense(),
     *_attention("attention_forward", attention.forward),
     *_attention("attention_backward", attention.backward),
     *_attention_integers(),
     *_products(),
+    *_attributions(),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+# All of it in float64, whatever the model's dtype: held to a number, and nothing to average out.
+IN_FLOAT64 = ("attribution_rewards",)
 
 
 def select(op: str | None = None, integers: bool | None = None) -> list[Case]:
@@ -191,6 +222,8 @@ def many_rows(op: str, draw: Draw) -> Arguments:
         return arguments.linear(draw, 150, 64, 80, bias=True)
     if op == "embedding_scores":
         return arguments.embedding_scores(draw, 150, 2, 64)
+    if op == "attribution_rewards":
+        return arguments.attribution_rewards(draw, [40] * 150, temperature=1e-3)
     if op == "attention_forward":
         return attention.forward(draw, TRIES["tile-borders"], 4, 2, 16)
     if op == "attention_backward":
@@ -212,6 +245,6 @@ def truth(case: Case, dtype: torch.dtype) -> Outputs:
 @cache
 def yardstick(case: Case, dtype: torch.dtype) -> Outputs | None:
     """What plain PyTorch makes of it in low precision; float32 is held to a number instead."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or case.op in IN_FLOAT64:
         return None
     return ORACLES[case.op](case.arguments(dtype), plain(dtype))

@@ -10,8 +10,10 @@ formula, at the very point that the saved tensors describe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -264,6 +266,38 @@ def embedding_scores(a: Arguments, at: Arithmetic) -> Outputs:
     return {"scores": grads.square().sum(-1).sqrt()}
 
 
+def spread(scores: list[float]) -> float:
+    """The population standard deviation, 0 where it is at most 1e-6 of the largest |score|."""
+    mean = math.fsum(scores) / len(scores)
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / len(scores))
+    return std if std > 1e-6 * max(map(abs, scores)) else 0.0
+
+
+def tempered(a: Arguments) -> list[list[float]]:
+    """What the exponents of every segment are, before their maximum is taken away."""
+    scores, found = a["scores"].tolist(), []
+    for start, stop in pairwise(a["offsets"].tolist()):
+        std = spread(scores[start:stop]) if a["standardise"] and start < stop else 1.0
+        found.append([x / std / a["temperature"] if std else 0.0 for x in scores[start:stop]])
+    return found
+
+
+def attribution_rewards(a: Arguments, at: Arithmetic) -> Outputs:
+    """Float64 whatever the arithmetic; sums are exact before they are rounded."""
+    alpha: list[float] = []
+    earned: list[list[float]] = [[] for _ in range(a["count"])]
+    weights, starts = a["weights"].tolist(), a["starts"].tolist()
+    for segment, weight, start in zip(tempered(a), weights, starts, strict=True):
+        most = max(segment, default=0.0)
+        shares = [math.exp(x - most) for x in segment]
+        total = math.fsum(shares)
+        for i, share in enumerate(shares):
+            alpha.append(share / total)
+            earned[start + i].append(weight * alpha[-1])
+    found = {"alpha": alpha, "rewards": [math.fsum(terms) for terms in earned]}
+    return {name: torch.tensor(x, dtype=torch.float64) for name, x in found.items()}
+
+
 ORACLES = {
     f.__name__: f
     for f in (
@@ -275,5 +309,6 @@ ORACLES = {
         attention_backward,
         linear,
         embedding_scores,
+        attribution_rewards,
     )
 }

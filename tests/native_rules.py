@@ -7,7 +7,7 @@ makes of the same arguments; it returns None, or what is wrong.
 from __future__ import annotations
 
 import torch
-from native_oracles import Arguments, Outputs
+from native_oracles import Arguments, Outputs, tempered
 from torch import Tensor
 
 UNIT = 2.0**-24  # float32, round to nearest
@@ -15,6 +15,7 @@ UNIT = 2.0**-24  # float32, round to nearest
 # Relative error, in norm, of one float32 op: some thirty roundings of 2^-24 on the way of every
 # term, which is more than sums of a few hundred terms lose in norm.
 FLOAT32 = 2e-6
+FLOAT64 = FLOAT32 * 2.0**-29  # the same roundings of 2^-53
 # Against plain PyTorch in the same low precision.
 TIMES_PLAIN = 2.0
 STANDARD_ERRORS = 5.0
@@ -97,10 +98,14 @@ def unbiased(got: Tensor, truth: Tensor) -> str | None:
     return None
 
 
-def float32_limit(op: str, a: Arguments) -> float:
-    """FLOAT32, but for attention: exp() multiplies the rounding of a score by the score, and the
-    backward takes the difference of two numbers that carry that error.
+def limit_of(op: str, a: Arguments) -> float:
+    """FLOAT32 or FLOAT64, but for exp(), which multiplies the rounding of a score by the score.
+
+    The backward of attention takes the difference of two numbers that carry that error.
     """
+    if op == "attribution_rewards":
+        exponents = [abs(x) for segment in tempered(a) for x in segment]
+        return FLOAT64 * max([8.0, *exponents]) / 8
     if not op.startswith("attention"):
         return FLOAT32
     differences = 2 if op.endswith("backward") else 1
@@ -130,7 +135,7 @@ def judge(
 ) -> dict[str, str]:
     """What is wrong with each output, by `near`; empty when all is well."""
     assert got.keys() == truth.keys(), f"{op} wrote {list(got)}, not {list(truth)}"
-    limit = float32_limit(op, a)
+    limit = limit_of(op, a)
     found = {}
     for name, expected in truth.items():
         yardstick = None if plain is None else plain[name]

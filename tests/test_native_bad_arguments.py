@@ -14,7 +14,7 @@ import pytest
 import torch
 from native_arguments import Draw
 from native_calls import Guarded, call_arguments, native, output_shapes, overload, run, schema_names
-from native_cases import HEADS, OPS, TRIES, many_rows, select
+from native_cases import HEADS, IN_FLOAT64, OPS, TRIES, many_rows, select
 from native_oracles import Arguments
 from torch import Tensor
 
@@ -32,6 +32,7 @@ FULL = {
     "attention_backward": "group",
     "linear": "13x208x97-bias",
     "embedding_scores": "dot-5x3x48",
+    "attribution_rewards": "ragged",
 }
 
 
@@ -83,8 +84,8 @@ def test_every_tensor_is_checked(op: str, name: str) -> None:
     refuse(op, a | {name: x.to(other)}, told)
     refuse(op, a | {name: x.long() if x.is_floating_point() else x.float()}, "dtype")
     refuse(op, a | {name: x[None]}, rf"\b{name}\b")
-    # A table may be longer than what is read of it.
-    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes"):
+    # A table may be longer than what is read of it, and rewards than what is earned.
+    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes", "rewards"):
         refuse(op, a | {name: torch.cat((x, x[-1:]))}, "shape|exist|end|reach|lanes|heads|multiple")
     if x.ndim > 1:
         refuse(op, a | {name: x[..., :-1].contiguous()}, "shape|multiple|heads|suit")
@@ -93,7 +94,7 @@ def test_every_tensor_is_checked(op: str, name: str) -> None:
         refuse(op, a | {name: moved}, rf"\b{name}\b.*contiguous")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "embedding_scores"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("embedding_scores", *IN_FLOAT64)])
 def test_half_precision_of_the_other_kind_is_refused(op: str) -> None:
     def half(x: Any) -> Any:
         return x.half() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
@@ -152,6 +153,11 @@ TABLES = {
                  (0, 2, FAR), (0, 3, -1), (0, 3, FAR), (0, 4, -1), (0, 4, FAR), (0, 4, 100)],
         "positions": [(0, -1), (0, 3), (2, 17), (3, FAR)],
     },
+    "attribution_rewards": {
+        "offsets": [(0, 1), (0, -1), (1, -1), (1, 4), (1, FAR), (2, 2), (17, 0), (17, 1589),
+                    (17, 1591), (17, FAR)],
+        "starts": [(0, -1), (0, FAR), (0, -FAR), (12, 1500), (1, 10**4), (11, 2**63 - 1)],
+    },
 }  # fmt: skip
 
 
@@ -203,6 +209,10 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("attention_backward", {"softcap": float("inf")}, "softcap"),
     ("embedding_scores", {"readout": 3}, "readout"),
     ("embedding_scores", {"readout": -1}, "readout"),
+    ("attribution_rewards", {"temperature": 0.0}, "temperature"),
+    ("attribution_rewards", {"temperature": -1.0}, "temperature"),
+    ("attribution_rewards", {"temperature": float("nan")}, "temperature"),
+    ("attribution_rewards", {"temperature": float("inf")}, "temperature"),
 ]
 
 
@@ -275,6 +285,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_ops_can_be_compiled_into_a_graph(op: str) -> None:
+    torch.compiler.reset()  # else the ops before it count as recompilations of one function
     a = many_rows(op, Draw(torch.float32, 1))
     once = run(op, a)
     full = call_arguments(op, a)

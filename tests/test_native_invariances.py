@@ -91,6 +91,22 @@ def test_rows_are_the_same_alone_and_in_any_order(op: str, dtype: torch.dtype) -
                 assert torch.equal(values, together[name][rows]), (name, rows)
 
 
+@pytest.mark.parametrize("standardise", [False, True])
+def test_segments_are_the_same_alone_and_in_any_order(standardise: bool) -> None:
+    lengths = [40, 7, 0, 450, 13, 1]
+    a = native_arguments.attribution_rewards(
+        Draw(torch.float32, 2), lengths, temperature=2e-4, standardise=standardise
+    )
+    together = run("attribution_rewards", a)["alpha"].split(lengths)
+    for segments in ([0], [3], [5, 4, 3, 2, 1, 0], [1, 1, 2]):
+        parts = [a["scores"].split(lengths)[j] for j in segments]
+        offsets = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        of = {name: a[name][segments] for name in ("weights", "starts")}
+        part = a | of | {"scores": torch.cat(parts), "offsets": offsets}
+        alpha = run("attribution_rewards", part)["alpha"]
+        assert torch.equal(alpha, torch.cat([together[j] for j in segments]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("trie", ["nested", "deep", "group", "staggered", "tile-borders"])
@@ -254,6 +270,21 @@ def test_products_and_scores_of_any_shape(
     ):
         got, expected = run(op, a), ORACLES[op](a, EXACT)
         assert {n: equal_bits(got[n], expected[n]) for n in expected} == dict.fromkeys(expected)
+
+
+@given(
+    powers=st.lists(st.integers(-1, 9), max_size=20),
+    standardise=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_attribution_of_any_lengths_is_exact_on_integers(powers, standardise, seed) -> None:
+    lengths = [0 if power < 0 else 2**power for power in powers]
+    a = native_arguments.attribution_rewards_integers(
+        Draw(torch.float32, seed), lengths, standardise=standardise
+    )
+    got = run("attribution_rewards", a)
+    expected = ORACLES["attribution_rewards"](a, EXACT)
+    assert {n: equal_bits(got[n], expected[n]) for n in expected} == dict.fromkeys(expected)
 
 
 @st.composite

@@ -6,6 +6,8 @@ caught whether the native ops are built or not. What is right passes every rule 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +16,8 @@ import pytest
 import torch
 from native_arguments import Draw
 from native_calls import DTYPES, IN_PLACE, Guarded, output_shapes
-from native_cases import OPS, Case, many_rows, select, truth, yardstick
-from native_oracles import EXACT, ORACLES, Arguments, Outputs
+from native_cases import IN_FLOAT64, OPS, Case, many_rows, select, truth, yardstick
+from native_oracles import EXACT, ORACLES, Arguments, Outputs, spread
 from native_rules import equal_bits, judge, unbiased
 from native_tries import given_lse_backward
 from torch import Tensor
@@ -32,11 +34,20 @@ CHOSEN = {
     "attention_backward": ["group", "group-window3", "softcap"],
     "linear": ["13x208x97-bias"],
     "embedding_scores": ["dot-5x3x48", "l1-5x3x48", "l2-5x3x48"],
+    "attribution_rewards": [
+        "ragged",
+        "ragged-sharp",
+        "ragged-standardised",
+        "ragged-standardised-sharp",
+        "spread-below",
+        "spread-above",
+    ],
 }
 INTEGERS = {
     "qkv_forward": ["d32-group2", "biases", "rope-scaled"],
     "attention_forward": ["group", "group-window4"],
     "attention_backward": ["group", "group-window4"],
+    "attribution_rewards": ["ragged", "ragged-standardised"],
 }
 
 
@@ -73,6 +84,8 @@ def refused(op: str, dtype: torch.dtype, implementation: Implementation) -> list
         got = implementation(op, a, False)
         if judge(op, a, got, truth(case, dtype), yardstick(case, dtype)):
             broken.add("random")
+    if op in IN_FLOAT64:
+        return sorted(broken)
     a = many_rows(op, Draw(dtype, 5))
     got, expected = implementation(op, a, False), ORACLES[op](a, EXACT)
     if any(unbiased(got[n], expected[n]) for n in expected):
@@ -132,7 +145,7 @@ def argument_changed(change: Callable[[str, Arguments], Arguments]) -> Implement
 OPERANDS = {
     "qkv_forward": "wk", "mlp_forward": "w_up", "mlp_backward": "w_down", "qkv_backward": "wv",
     "attention_forward": "v", "attention_backward": "v", "linear": "weight",
-    "embedding_scores": "grads",
+    "embedding_scores": "grads", "attribution_rewards": "weights",
 }  # fmt: skip
 
 
@@ -192,6 +205,42 @@ def _no_softcap_slope(op: str, a: Arguments, integers: bool) -> Outputs:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_oracles, "attend", flat)
         return right(op, a, integers)
+
+
+def spread_as(measure: Callable[[list[float]], float]) -> Implementation:
+    """Another measure of the spread of scores."""
+
+    def implementation(op: str, a: Arguments, integers: bool) -> Outputs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native_oracles, "spread", measure)
+            return right(op, a, integers)
+
+    return implementation
+
+
+def _of_a_sample(scores: list[float]) -> float:
+    std = spread(scores)
+    return std * math.sqrt(len(scores) / max(len(scores) - 1, 1))
+
+
+def _last_of_what_overlaps(op: str, a: Arguments, integers: bool) -> Outputs:
+    """Rewards that are written where they should be added to."""
+    out = right(op, a, integers)
+    parts = out["alpha"].split(a["offsets"].diff().tolist())
+    for start, weight, alpha in zip(a["starts"].tolist(), a["weights"], parts, strict=True):
+        out["rewards"][start : start + len(alpha)] = weight * alpha
+    return out
+
+
+def _unearned_left(op: str, a: Arguments, integers: bool) -> Outputs:
+    out = right(op, a, integers)
+    return out | {"rewards": torch.where(out["rewards"] == 0, torch.nan, out["rewards"])}
+
+
+def _first_segment_shorter(op: str, a: Arguments) -> Arguments:
+    offsets = a["offsets"].clone()
+    offsets[1] -= 1
+    return {"offsets": offsets}
 
 
 def setting(**changed: object) -> Implementation:
@@ -281,6 +330,22 @@ BUGS = [
         "another read-out",
         argument_changed(lambda op, a: {"readout": (a["readout"] + 1) % 3}),
         ("embedding_scores",),
+    ),
+    *(
+        Bug(name, change, ("attribution_rewards",))
+        for name, change in {
+            "rounded to float32": output_changed(lambda x: x.float().double()),
+            "no temperature": setting(temperature=1.0),
+            "never standardised": setting(standardise=False),
+            "always standardised": setting(standardise=True),
+            "the sample's standard deviation": spread_as(_of_a_sample),
+            "spread without its rule": spread_as(statistics.pstdev),
+            "everything from the first token on": moved("starts", -(10**6)),
+            "one token late": moved("starts", 1),
+            "only the last of what overlaps": _last_of_what_overlaps,
+            "what nobody earns not written": _unearned_left,
+            "a token of the next segment": argument_changed(_first_segment_shorter),
+        }.items()
     ),
 ]
 

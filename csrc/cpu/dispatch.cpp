@@ -101,6 +101,10 @@ const char* const* built_kernels() {
     return names.data();
 }
 
+void out_of_memory(int64_t bytes) {
+    throw std::runtime_error("out of memory: " + std::to_string(bytes) + " bytes of scratch");
+}
+
 void set_pool(Pool pool) { current_pool() = pool; }
 
 const Pool& pool() { return current_pool(); }

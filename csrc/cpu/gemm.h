@@ -13,6 +13,10 @@ constexpr i64 kTaskRows = 1008;
 // Where there are too few tasks for the threads, a task takes fewer rows, but not fewer than these.
 constexpr i64 kFewestTaskRows = 126;
 
+// Rows that one thread takes through all the products of a stage, and the fewest that are worth it.
+constexpr i64 kOwnRows = 504;
+constexpr i64 kFewestOwnRows = 252;
+
 // Rows to be multiplied: number k of a row is data[k / kDepth * slice + row * ld + k % kDepth].
 template <class T>
 struct Rows {
@@ -42,7 +46,8 @@ class SlicedRows {
 template <class Task>
 void each_piece(i64 rows, i64 panels, const Task& task) {
     if (rows == 0 || panels == 0) return;
-    const i64 wanted = larger(ceil_div(rows, kTaskRows), ceil_div(3 * pool().threads(), panels));
+    const i64 threads = is_alone() ? 1 : pool().threads();
+    const i64 wanted = larger(ceil_div(rows, kTaskRows), ceil_div(3 * threads, panels));
     const i64 most = ceil_div(rows, smaller(wanted, ceil_div(rows, kFewestTaskRows)));
     const i64 task_rows = round_up(most, kRows), blocks = ceil_div(rows, task_rows);
     parallel(blocks * panels, [&](i64 index) {

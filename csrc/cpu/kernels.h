@@ -119,7 +119,7 @@ struct ForwardBlock {  // queries of one segment; blocks come in depth-first ord
 struct BackwardBlock {  // queries of one segment and their lanes
     int64_t segment, row, count;
     int64_t backward_row;  // of the first query's first lane
-    int64_t lane_at;  // of block_lanes: its lanes, ascending
+    int64_t lane_at;       // of block_lanes: its lanes, ascending
     int64_t lanes;
 };
 
@@ -192,6 +192,21 @@ struct EmbeddingScores {
     float* scores;        // [rows][lanes]
 };
 
+// alpha_j = softmax(scores_j / temperature) for every segment j of scores; `standardise`: of
+// scores_j / std(scores_j), the population's, or of zeros where that is at most 1e-6 of the largest
+// |score|. rewards = 0, then += weights[j] * alpha_j from starts[j] on, j ascending. All float64.
+struct AttributionRewards {
+    int64_t segments, rewarded;
+    const double* scores;    // [offsets[segments]]
+    const int64_t* offsets;  // [segments + 1], ascending from 0
+    double temperature;
+    bool standardise;
+    const double* weights;  // [segments]
+    const int64_t* starts;  // [segments]
+    double* alpha;          // [offsets[segments]]
+    double* rewards;        // [rewarded]
+};
+
 struct Kernels {
     const char* name;    // "avx512bf16", "avx512", "avx2", "plain"
     bool bf16_products;  // whether bfloat16 operands are multiplied as such, or widened to float
@@ -203,6 +218,7 @@ struct Kernels {
     void (*attention_backward)(const AttentionBackward&);
     void (*linear_forward)(const LinearForward&);
     void (*embedding_scores)(const EmbeddingScores&);
+    void (*attribution_rewards)(const AttributionRewards&);
 };
 
 // The fastest table this processor can run.
@@ -211,6 +227,9 @@ const Kernels& best_kernels();
 const Kernels* find_kernels(const char* name);
 // Names of all tables that were built, null-terminated; best first.
 const char* const* built_kernels();
+
+// Throws std::runtime_error; nothing that was held is lost.
+[[noreturn]] void out_of_memory(int64_t bytes);
 
 // How tasks get onto threads; the binding sets it to torch's pool, the default runs them in turn.
 struct Pool {

@@ -1,4 +1,4 @@
-// What happens row by row between the products: norms, rotary embeddings, activations, scores.
+// What happens row by row between the products: norms, rotary embeddings, activations.
 // Widths are multiples of 16, and therefore of a vector.
 #pragma once
 
@@ -98,8 +98,6 @@ G2R_INLINE void rotate_back(const float* __restrict g, i64 half, const float* __
     }
 }
 
-G2R_INLINE vf absolute(vf x) { return bit_cast<vf>(bit_cast<vi>(x) & 0x7fffffff); }
-
 G2R_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 struct Activated {
@@ -124,36 +122,6 @@ G2R_INLINE Activated activate(vf x) {
         for (int i = 0; i < kWidth; i++) half[i] = 0.5f * __builtin_erfcf(half[i]);
         const vf s = load(half);
         return {x * s, s + x * 0.39894228040143268f * exp(x * x * -0.5f)};
-    }
-}
-
-template <Readout readout>
-void embedding_scores_of(const EmbeddingScores& in) {
-    parallel(in.rows, [&](i64 row) {
-        const float* values = in.values + row * in.width;
-        for (i64 lane = 0; lane < in.lanes; lane++) {
-            const float* grads = in.grads + (row * in.lanes + lane) * in.width;
-            float& score = in.scores[row * in.lanes + lane];
-            if constexpr (readout == Readout::dot)
-                score =
-                    sum_over(in.width, [&](i64 i) { return load(values + i) * load(grads + i); });
-            else if constexpr (readout == Readout::l1)
-                score = sum_over(in.width, [&](i64 i) { return absolute(load(grads + i)); });
-            else
-                score = __builtin_sqrtf(
-                    sum_over(in.width, [&](i64 i) { return load(grads + i) * load(grads + i); }));
-        }
-    });
-}
-
-inline void embedding_scores(const EmbeddingScores& in) {
-    switch (in.readout) {
-        case Readout::dot:
-            return embedding_scores_of<Readout::dot>(in);
-        case Readout::l1:
-            return embedding_scores_of<Readout::l1>(in);
-        case Readout::l2:
-            return embedding_scores_of<Readout::l2>(in);
     }
 }
 

@@ -8,10 +8,23 @@
 
 namespace g2r::G2R_NS {
 
-// Rows whose intermediate values are alive together: few enough for the caches, and enough for
-// every thread to have some.
-inline i64 chunk_rows(i64 rows) {
-    return smaller(rows, kTaskRows * ceil_div(pool().threads(), 16));
+// body(start, rows) for chunks of rows, whose intermediate values are alive together. Where there
+// are rows enough, every thread takes chunks of its own through all the products of a stage, and
+// waits for the others once; else the threads share the products of one chunk after the other.
+template <class Body>
+void each_chunk(i64 rows, const Body& body) {
+    const i64 threads = pool().threads();
+    if (threads > 1 && rows >= threads * kFewestOwnRows) {
+        const i64 wanted = round_up(ceil_div(rows, kOwnRows), threads);
+        const i64 chunk = round_up(ceil_div(rows, wanted), kRows);
+        parallel(ceil_div(rows, chunk), [&](i64 index) {
+            const Alone alone;
+            body(index * chunk, smaller(chunk, rows - index * chunk));
+        });
+        return;
+    }
+    const i64 chunk = kTaskRows * ceil_div(threads, 16);
+    for (i64 start = 0; start < rows; start += chunk) body(start, smaller(chunk, rows - start));
 }
 
 // Rows of storage as what products multiply: themselves, or converted.
@@ -133,17 +146,16 @@ void qkv_forward_as(const QkvForward& in) {
     const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
     const Transposed<T, S> weight{stacked<S>(in.q, in.k, in.v),
                                   static_cast<const S*>(in.input_norm)};
-    const i64 width = weight.columns(), chunk = chunk_rows(in.rows);
+    const i64 width = weight.columns();
     const i64 q_width = in.q.weight == nullptr ? 0 : in.q.out;
     const i64 k_width = in.k.weight == nullptr ? 0 : in.k.out;
     const HeadsForward q{in.heads,  dim,      in.q.bias, in.q_norm,
                          in.q_kept, in.q_out, in.eps,    in.scaling};
     const HeadsForward k{in.kv_heads, dim, in.k.bias, in.k_norm, in.k_kept, in.k_out, in.eps, 1.0f};
     const HeadsForward v{in.kv_heads, dim, in.v.bias, nullptr, {}, in.v_out, in.eps, 1.0f};
-    const Array<T> normed(chunk * hidden);
-    const Array<float> projected(chunk * width);
-    for (i64 start = 0; start < in.rows; start += chunk) {
-        const i64 rows = smaller(chunk, in.rows - start);
+    each_chunk(in.rows, [&](i64 start, i64 rows) {
+        const Array<T> normed(rows * hidden);
+        const Array<float> projected(rows * width);
         each_row(rows, [&](i64 r) {
             const i64 row = start + r;
             norm_forward<S>(in.x + row * hidden, hidden, in.eps, in.norm, in.keep[row],
@@ -159,7 +171,7 @@ void qkv_forward_as(const QkvForward& in) {
             if (in.v.weight != nullptr)
                 finish_heads<S>(v, at + q_width + k_width, row, kept, nullptr, nullptr);
         });
-    }
+    });
 }
 
 // Gate and up columns that go through the products together, so that what lies between two
@@ -202,12 +214,11 @@ Linear outputs(Linear linear, i64 first, i64 count) {
 
 template <class S, class T>
 void mlp_forward_as(const MlpForward& in) {
-    const i64 hidden = in.hidden, chunk = chunk_rows(in.rows);
+    const i64 hidden = in.hidden;
     const S* post_norm = static_cast<const S*>(in.post_norm);
-    const Operands<S, T> attended(chunk, in.attended_width);
-    const Array<T> normed(chunk * hidden), activated(chunk * kStripe);
-    for (i64 start = 0; start < in.rows; start += chunk) {
-        const i64 rows = smaller(chunk, in.rows - start);
+    each_chunk(in.rows, [&](i64 start, i64 rows) {
+        const Operands<S, T> attended(rows, in.attended_width);
+        const Array<T> normed(rows * hidden), activated(rows * kStripe);
         float* x = in.x + start * hidden;
         const S* mixed = static_cast<const S*>(in.attended) + start * in.attended_width;
         multiply<T>({attended.of(mixed, rows), in.attended_width}, rows,
@@ -242,18 +253,17 @@ void mlp_forward_as(const MlpForward& in) {
             const Transposed<T, S> down{stacked<S>(in.down), nullptr, 0, first, stripe};
             multiply_into<T>({activated, kStripe}, rows, down, x, true);
         }
-    }
+    });
 }
 
 template <class S, class T>
 void mlp_backward_as(const MlpBackward& in) {
-    const i64 hidden = in.hidden, chunk = chunk_rows(in.rows);
+    const i64 hidden = in.hidden;
     const S *d_gate = static_cast<const S*>(in.d_gate), *d_up = static_cast<const S*>(in.d_up);
-    const Operands<float, T> grads(chunk, hidden);
-    const SlicedRows<T> back(chunk, 2 * kStripe);  // of a stripe of gate, then of up
-    const Array<float> dh(chunk * hidden);
-    for (i64 start = 0; start < in.rows; start += chunk) {
-        const i64 rows = smaller(chunk, in.rows - start);
+    each_chunk(in.rows, [&](i64 start, i64 rows) {
+        const Operands<float, T> grads(rows, hidden);
+        const SlicedRows<T> back(rows, 2 * kStripe);  // of a stripe of gate, then of up
+        const Array<float> dh(rows * hidden);
         float* dx = in.dx + start * hidden;
         const int32_t* saved = in.saved + start;
         const Rows<T> grad{grads.of(dx, rows), hidden};
@@ -284,7 +294,7 @@ void mlp_backward_as(const MlpBackward& in) {
         S* out = static_cast<S*>(in.grad_attended) + start * in.attended_width;
         multiply<T>({grads.of(dx, rows), hidden}, rows, Plain<T, S>{stacked<S>(in.o)},
                     store_into(out, in.attended_width));
-    }
+    });
 }
 
 struct HeadsBackward {
@@ -324,14 +334,13 @@ void qkv_backward_as(const QkvBackward& in) {
         stacked<S>(in.dq != nullptr ? in.q : none, in.dk != nullptr ? in.k : none,
                    in.dv != nullptr ? in.v : none),
         static_cast<const S*>(in.input_norm)};
-    const i64 width = weight.depth(), chunk = chunk_rows(in.rows);
+    const i64 width = weight.depth();
     if (width == 0) return;
     const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling};
     const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f};
-    const Array<T> grads(chunk * width);
-    const Array<float> dh(chunk * hidden);
-    for (i64 start = 0; start < in.rows; start += chunk) {
-        const i64 rows = smaller(chunk, in.rows - start);
+    each_chunk(in.rows, [&](i64 start, i64 rows) {
+        const Array<T> grads(rows * width);
+        const Array<float> dh(rows * hidden);
         each_row(rows, [&](i64 r) {
             const i64 row = start + r, saved = in.saved[row];
             const float *cos = in.cos + saved * half, *sin = in.sin + saved * half;
@@ -352,17 +361,16 @@ void qkv_backward_as(const QkvBackward& in) {
             norm_backward<S>(dh + r * hidden, hidden, in.normed, in.rstd, in.saved[start + r],
                              in.dx + (start + r) * hidden);
         });
-    }
+    });
 }
 
 template <class S, class T>
 void linear_forward_as(const LinearForward& in) {
-    const i64 columns = in.linear.out, depth = in.linear.in, chunk = chunk_rows(in.rows);
+    const i64 columns = in.linear.out, depth = in.linear.in;
     const Transposed<T, S> weight{stacked<S>(in.linear)};
-    const Operands<S, T> operands(chunk, depth);
     const S* bias = static_cast<const S*>(in.linear.bias);
-    for (i64 start = 0; start < in.rows; start += chunk) {
-        const i64 rows = smaller(chunk, in.rows - start);
+    each_chunk(in.rows, [&](i64 start, i64 rows) {
+        const Operands<S, T> operands(rows, depth);
         const S* x = static_cast<const S*>(in.x) + start * depth;
         multiply<T>({operands.of(x, rows), depth}, rows, weight,
                     [&](i64 row, i64 here, i64 column, i64 wide, const float* tile) {
@@ -373,7 +381,7 @@ void linear_forward_as(const LinearForward& in) {
                                          (bias == nullptr ? 0.0f : widen(bias[column + c]));
                         }
                     });
-    }
+    });
 }
 
 // In bfloat16 models: bfloat16 pairs are multiplied as such, or widened first.

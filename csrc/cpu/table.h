@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "scores.h"
 #include "stages.h"
 
 namespace g2r::G2R_NS {
@@ -15,8 +16,9 @@ inline void attention_backward(const AttentionBackward& in) {
 
 inline const Kernels& table(const char* name) {
     static const Kernels kernels = {
-        name,         bool(G2R_BF16),    qkv_forward,        mlp_forward,    mlp_backward,
-        qkv_backward, attention_forward, attention_backward, linear_forward, embedding_scores,
+        name,           bool(G2R_BF16),   qkv_forward,         mlp_forward,
+        mlp_backward,   qkv_backward,     attention_forward,   attention_backward,
+        linear_forward, embedding_scores, attribution_rewards,
     };
     return kernels;
 }

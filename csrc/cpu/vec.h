@@ -231,7 +231,7 @@ class Scratch {
         taken_ = data_ != nullptr;
 #endif
         if (data_ == nullptr) data_ = static_cast<char*>(__builtin_malloc(size_t(bytes + kLine)));
-        if (data_ == nullptr) __builtin_abort();
+        if (data_ == nullptr) out_of_memory(bytes);
     }
     ~Scratch() {
         if (!taken_) __builtin_free(data_);
@@ -266,12 +266,29 @@ class Array : public Scratch {
     i64 count_;
 };
 
+// While one of these lives, its thread shares no work with others.
+inline bool& is_alone() {
+    static thread_local bool alone = false;
+    return alone;
+}
+
+class Alone {
+ public:
+    Alone() : before_(is_alone()) { is_alone() = true; }
+    ~Alone() { is_alone() = before_; }
+    Alone(const Alone&) = delete;
+    Alone& operator=(const Alone&) = delete;
+
+ private:
+    bool before_;
+};
+
 // body(index) for every index below `tasks`, on the pool; what the tasks write must be disjoint.
 template <class Body>
 void parallel(i64 tasks, const Body& body) {
-    if (tasks == 1) {
-        body(i64(0));
-    } else if (tasks > 1) {
+    if (tasks <= 1 || is_alone()) {
+        for (i64 index = 0; index < tasks; index++) body(index);
+    } else {
         pool().run(
             tasks,
             [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); },

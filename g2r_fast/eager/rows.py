@@ -7,13 +7,15 @@ In every backward here the gradient of C lanes, `[n, C, X]`, reads what one forw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .products import product, product_nt
 
 __all__ = [
+    "attribution",
+    "attribution_rewards",
     "embedding_scores",
     "gated",
     "gated_backward",
@@ -183,6 +185,35 @@ def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) ->
     if readout == "dot":
         return torch.einsum("nch,nh->nc", grads, values)
     return torch.linalg.vector_norm(grads, ord=1 if readout == "l1" else 2, dim=-1)
+
+
+def attribution(scores: torch.Tensor, temperature: float, standardise: bool) -> torch.Tensor:
+    """`softmax(scores / temperature)`, with `standardise` of scores / their population std.
+
+    Scores `[T]` without spread, std <= 1e-6 of the largest |score|, count as zeros then.
+    """
+    if standardise and len(scores):
+        std = scores.std(correction=0)
+        flat = std <= 1e-6 * scores.abs().max()
+        scores = torch.zeros_like(scores) if flat else scores / std
+    return (scores / temperature).softmax(-1)
+
+
+def attribution_rewards(
+    scores: torch.Tensor,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    starts: Sequence[int],
+    count: int,
+    temperature: float,
+    standardise: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.attribution_rewards`."""
+    alphas = [attribution(part, temperature, standardise) for part in scores.split(list(lengths))]
+    rewards = scores.new_zeros(count)
+    for alpha, weight, start in zip(alphas, weights, starts, strict=True):
+        rewards[start : start + len(alpha)].add_(alpha, alpha=weight)
+    return torch.cat([scores[:0], *alphas]), rewards
 
 
 def _stretches(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -50,6 +50,43 @@ void test_embedding_scores(const g2r::Kernels& kernels, int64_t rows, int64_t la
     }
 }
 
+// Scores are two numbers far apart, so that alpha is 0 and 1 / n with n a power of two.
+void test_attribution_rewards(const g2r::Kernels& kernels, int64_t segments, bool standardise) {
+    const Buffer<int64_t> offsets(segments + 1), starts(segments);
+    const Buffer<double> weights(segments);
+    int64_t rewarded = 0;
+    offsets[0] = 0;
+    for (int64_t j = 0; j < segments; ++j) {
+        const int64_t length = draw(0, 3) == 0 ? 0 : int64_t(1) << draw(0, 7);
+        offsets[j + 1] = offsets[j] + length;
+        starts[j] = draw(0, 9);
+        weights[j] = static_cast<double>(draw(-3, 3));
+        rewarded = std::max(rewarded, starts[j] + length);
+    }
+    const Buffer<double> scores(offsets[segments]), alpha(offsets[segments]), rewards(rewarded);
+    std::vector<double> shares, sums(static_cast<size_t>(rewarded));
+    for (int64_t j = 0; j < segments; ++j) {
+        const int64_t first = offsets[j], length = offsets[j + 1] - first;
+        for (int64_t i = 0; i < length; ++i) {
+            // Every other one, so that the mean is 0 and the standard deviation 1; 1 alone.
+            scores[first + i] = i % 2 == 0 ? 1.0 : -1.0;
+            shares.push_back(i % 2 == 0 ? 1.0 / static_cast<double>((length + 1) / 2) : 0.0);
+            sums[static_cast<size_t>(starts[j] + i)] += weights[j] * shares.back();
+        }
+    }
+    kernels.attribution_rewards({segments, rewarded, scores.get(), offsets.get(), 1.0 / 1024,
+                                 standardise, weights.get(), starts.get(), alpha.get(),
+                                 rewards.get()});
+    bool equal = true;
+    for (int64_t i = 0; i < alpha.size(); ++i)
+        equal = equal && alpha[i] == shares[static_cast<size_t>(i)];
+    check(equal, "an alpha", "attribution_rewards");
+    equal = true;
+    for (int64_t i = 0; i < rewarded; ++i)
+        equal = equal && rewards[i] == sums[static_cast<size_t>(i)];
+    check(equal, "a reward", "attribution_rewards");
+}
+
 // Rows of ±1 have a norm of exactly 1: values are the integers of the plain product.
 void test_qkv_forward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
                       bool norms, bool queries, int64_t kept) {
@@ -304,6 +341,9 @@ void test_all(const g2r::Kernels& kernels, Dtype dtype) {
     }
     for (int64_t width = 16; width <= 112; width += 16)
         test_embedding_scores(kernels, draw(1, 9), draw(1, 5), width);
+    for (int64_t segments : {0, 1, 2, 9, 40})
+        for (bool standardise : {false, true})
+            test_attribution_rewards(kernels, segments, standardise);
 }
 
 }  // namespace
