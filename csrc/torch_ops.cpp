@@ -102,11 +102,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
         "Tensor run_lanes, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, int window, "
         "float softcap) -> ()");
     library.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+    library.def("linear_backward(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
     library.def(
         "embedding_scores(Tensor values, Tensor grads, int readout, Tensor(a!) scores) -> ()");
     library.def(
         "attribution_rewards(Tensor scores, Tensor offsets, float temperature, bool standardise, "
         "Tensor weights, Tensor starts, Tensor(a!) alpha, Tensor(b!) rewards) -> ()");
+    library.def("prefer_large_pages(Tensor memory) -> ()");
     library.def("cpu_kernels() -> str");
     library.def("built_cpu_kernels() -> str");
     library.def("use_cpu_kernels(str name) -> ()");
@@ -120,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CPU, library) {
     library.impl("attention_forward", TORCH_BOX(&g2r_torch::attention_forward));
     library.impl("attention_backward", TORCH_BOX(&g2r_torch::attention_backward));
     library.impl("linear", TORCH_BOX(&g2r_torch::linear));
+    library.impl("linear_backward", TORCH_BOX(&g2r_torch::linear_backward));
+    library.impl("prefer_large_pages", TORCH_BOX(&g2r_torch::prefer_large_pages));
     library.impl("embedding_scores", TORCH_BOX(&g2r_torch::embedding_scores));
     library.impl("attribution_rewards", TORCH_BOX(&g2r_torch::attribution_rewards));
 }

@@ -56,6 +56,12 @@ void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Tensor& run_lanes, const Tensor& dq, const Tensor& dk,
                         const Tensor& dv, int64_t window, double softcap);
 
+// Advice for fresh memory that will be written from end to end: in pages of 2 MiB the system hands
+// it out in a fraction of the time. Where it is not taken, nothing changes.
+void prefer_large_pages(const Tensor& memory);
+
+void linear_backward(const Tensor& grad, const Tensor& weight, const Tensor& out);
+
 void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out);
 
 void embedding_scores(const Tensor& values, const Tensor& grads, int64_t readout,

@@ -1,4 +1,8 @@
 // Arguments of the row operations: norms, projections, feed-forward.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "torch_ops.h"
 
 namespace g2r_torch {
@@ -254,6 +258,33 @@ void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, cons
     op.linear = linear_of(checks, weight, "weight", bias, "bias", storage, outputs, width);
     op.out = checks.out<float>(out, "out", kFloat, {op.rows, outputs});
     if (op.rows > 0 && outputs > 0) kernels_in_use().linear_forward(op);
+}
+
+void linear_backward(const Tensor& grad, const Tensor& weight, const Tensor& out) {
+    const Checks checks("linear_backward");
+    const ScalarType storage = checks.storage(weight, "weight");
+    g2r::LinearBackward op{};
+    op.dtype = dtype_of(storage);
+    op.rows = checks.size(grad, "grad", 2, 0);
+    const int64_t outputs = checks.size(weight, "weight", 2, 0);
+    const int64_t width = checks.size(weight, "weight", 2, 1);
+    checks.multiple("the width of out", width, 16);
+    op.grad = checks.in<float>(grad, "grad", kFloat, {op.rows, outputs});
+    op.linear = linear_of(checks, weight, "weight", {}, "", storage, outputs, width);
+    op.out = checks.out<float>(out, "out", kFloat, {op.rows, width});
+    if (op.rows > 0) kernels_in_use().linear_backward(op);
+}
+
+void prefer_large_pages(const Tensor& memory) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t{1} << 21;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data_ptr());
+    const auto bytes = static_cast<uintptr_t>(memory.numel()) * memory.element_size();
+    const uintptr_t first = (start + page - 1) / page * page, stop = (start + bytes) / page * page;
+    if (first < stop) madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
+#else
+    (void)memory;
+#endif
 }
 
 }  // namespace g2r_torch

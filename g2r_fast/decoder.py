@@ -107,4 +107,4 @@ class FrozenDecoder:
             for read, inputs, grad in zip(named, hidden, values, strict=True):
                 rows = LeafRows((read.sequence,), read.position, read.position + 1)
                 signal.on_linear("lm_head", inputs[None], grad[None, None], rows)
-        return ops.linear_backward(values, self.weights.head)
+        return ops.linear_backward(tape.context.backend, values, self.weights.head)

@@ -28,6 +28,7 @@ _EQUAL: dict[str, tuple[tuple[str, int, str, int], ...]] = {
     "attention_forward": (("k", 0, "v", 0), ("q", 0, "positions", 0), ("q", 0, "out", 0)),
     "attention_backward": (("k", 0, "v", 0), ("q", 0, "positions", 0), ("grad_out", 0, "dq", 0)),
     "linear": (("weight", 1, "x", 1), ("x", 0, "out", 0), ("weight", 0, "out", 1)),
+    "linear_backward": (("weight", 0, "grad", 1), ("grad", 0, "out", 0), ("weight", 1, "out", 1)),
     "embedding_scores": (("values", 0, "grads", 0), ("values", 1, "grads", 2)),
     "attribution_rewards": (("scores", 0, "alpha", 0), ("weights", 0, "starts", 0)),
 }

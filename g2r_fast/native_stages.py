@@ -20,6 +20,7 @@ __all__ = [
     "attribution_rewards",
     "embedding_scores",
     "linear",
+    "linear_backward",
     "mlp_backward",
     "mlp_forward",
     "qkv_backward",
@@ -235,6 +236,12 @@ def attention_backward(
 def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     out = torch.empty(len(x), len(layer.weight), dtype=torch.float32)
     torch.ops.g2r_fast.linear(x, layer.weight, layer.bias, out)
+    return out
+
+
+def linear_backward(grad: torch.Tensor, layer: Linear) -> torch.Tensor:
+    out = torch.empty(len(grad), layer.weight.shape[1], dtype=torch.float32)
+    torch.ops.g2r_fast.linear_backward(grad.contiguous(), layer.weight, out)
     return out
 
 

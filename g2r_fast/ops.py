@@ -192,9 +192,10 @@ def linear(backend: Backend, x: torch.Tensor, layer: Linear) -> torch.Tensor:
     return result
 
 
-def linear_backward(grad: torch.Tensor, layer: Linear) -> torch.Tensor:
-    """`grad @ weight`, `[rows, in]`, in the dtype of `grad` `[rows, out]`."""
-    return eager_rows.linear_backward(grad, layer.weight)
+def linear_backward(backend: Backend, grad: torch.Tensor, layer: Linear) -> torch.Tensor:
+    """`grad @ weight`, `[rows, in]`, in the dtype of `grad` `[rows, out]`, float32 or wider."""
+    result: torch.Tensor = _stages(backend).linear_backward(grad, layer)
+    return result
 
 
 def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) -> torch.Tensor:

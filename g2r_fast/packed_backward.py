@@ -49,7 +49,7 @@ class PackedBackward:
         self.reads = [reads[chosen[i]] for i in order]
         weights = self.weights
         self._dk = context.empty_wide(self.backward.rows, weights.kv_heads, weights.head_dim)
-        self._dv = torch.empty_like(self._dk)
+        self._dv = context.empty_wide(*self._dk.shape)
 
     def run(self, grads: torch.Tensor) -> int:
         """`grads` `[chosen reads, H]`; returns the number of backward rows."""

@@ -61,9 +61,9 @@ class PackedForward:
         saved = context.plan.saved_rows
         q, lse, out = self._q, self._lse, self._out
         if q is None or lse is None:  # all of it is kept
-            q = torch.empty_like(out)
+            q = context.empty(*out.shape)
             lse = context.empty_wide(*out.shape[:2])
-            out = torch.empty_like(out) if self.keep_linears else out
+            out = context.empty(*out.shape) if self.keep_linears else out
         k, v = self._keys_values()
         norm_in = context.empty_norm(saved, x.shape[1])
         q_norm = self._head_norm(layer.q_norm, saved, self.weights.heads)
@@ -112,7 +112,7 @@ class PackedForward:
             context.backend, layer, x, context.rotary_read, rows, query_norm_in,
             q=q, q_norm=q_norm, eps=weights.eps, scaling=weights.scaling,
         )  # fmt: skip
-        out, lse = torch.empty_like(q), context.empty_wide(*q.shape[:2])
+        out, lse = context.empty(*q.shape), context.empty_wide(*q.shape[:2])
         queries = forward_read_queries(context.plan)
         ops.attention_forward(context.backend, queries, q, k, v, out, lse, window=layer.window)
         norm_mid, mlp = self._mlp(layer, x, out, rows, reads)

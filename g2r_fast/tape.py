@@ -17,6 +17,8 @@ __all__ = ["LayerTape", "MlpTape", "NormTape", "PassContext", "Rotary", "Tape", 
 # Rows per product: tall enough for the matrix library's full rate, small enough that what lies
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
 _CHUNK = {"cpu": 512, "cuda": 16384}
+# Bytes from which fresh memory is asked for in large pages.
+_LARGE = 4 * 2**20
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [rows, head_dim / 2]
 
@@ -138,19 +140,24 @@ class PassContext:
 
     def empty(self, *shape: int) -> torch.Tensor:
         """In the model's dtype: what is kept."""
-        return torch.empty(shape, dtype=self.weights.dtype, device=self.device)
+        return self._empty(shape, self.weights.dtype)
 
     def empty_wide(self, *shape: int) -> torch.Tensor:
         """In float32 or wider: residual stream, gradients, row statistics."""
-        return torch.empty(shape, dtype=self.wide, device=self.device)
+        return self._empty(shape, self.wide)
 
     def empty_gradient(self, *shape: int) -> torch.Tensor:
         """In the dtype of the backend for gradients that enter and leave attention."""
-        dtype = self.backend.gradient_dtype(self.weights.dtype)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return self._empty(shape, self.backend.gradient_dtype(self.weights.dtype))
 
     def empty_norm(self, *shape: int) -> NormTape:
         return NormTape(self.empty(*shape), self.empty_wide(*shape[:-1]))
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        memory = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.backend.name == "native" and memory.nbytes >= _LARGE:
+            torch.ops.g2r_fast.prefer_large_pages(memory)
+        return memory
 
     def _rotary_of(self, rows: torch.Tensor) -> Rotary:
         cos, sin = self.rotary

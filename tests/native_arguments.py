@@ -307,6 +307,16 @@ def linear_integers(
     return stored(a, draw.dtype)
 
 
+def linear_backward(draw: Draw, rows: int, out: int, width: int) -> Arguments:
+    return {"grad": draw.normal(rows, out, scale=0.02), "weight": draw.weight(out, width)}
+
+
+def linear_backward_integers(draw: Draw, rows: int, out: int, width: int) -> Arguments:
+    """Gradients have more digits than bfloat16: they are float, and stay so."""
+    a = {"grad": draw.integers(rows, out, most=999), "weight": draw.integers(out, width, most=4)}
+    return stored(a, draw.dtype)
+
+
 def embedding_scores(
     draw: Draw, rows: int, lanes: int, width: int, *, readout: int = 0
 ) -> Arguments:
@@ -370,7 +380,7 @@ def attribution_rewards_integers(
 
 
 # Arguments that are float32 whatever the model's dtype.
-FLOATS = {"x", "cos", "sin", "dx", "dk", "dv", "rstd", "q_rstd", "k_rstd", "lse"}
+FLOATS = {"x", "cos", "sin", "dx", "dk", "dv", "rstd", "q_rstd", "k_rstd", "lse", "grad"}
 
 
 def stored(a: Arguments, dtype: torch.dtype) -> Arguments:

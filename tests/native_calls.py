@@ -98,6 +98,8 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
     wide = torch.float32
     if op == "linear":
         return {"out": ((len(a["x"]), len(a["weight"])), wide)}
+    if op == "linear_backward":
+        return {"out": ((len(a["grad"]), a["weight"].shape[1]), wide)}
     if op == "embedding_scores":
         return {"scores": (tuple(a["grads"].shape[:2]), wide)}
     if op == "attribution_rewards":

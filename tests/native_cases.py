@@ -45,6 +45,8 @@ SIZES = {
 SMALL, MIDDLE, WIDE = SIZES["d16"], SIZES["d32-group2"], SIZES["d16-group4"]
 # None, one, around the rows of a tile, and past a chunk.
 ROWS = (0, 1, 2, 5, 6, 7, 13, 33, 67)
+# So many that each of three threads takes chunks of its own through a whole stage.
+MANY_ROWS = 1100
 
 
 def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
@@ -57,6 +59,10 @@ def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
     # Beyond what a kernel takes at once of rows, of a sum, of the width in between, of the heads.
     found["chunks"] = (SMALL, 300, {})
     found["many-chunks"] = (SMALL, 1100, {})
+    options = {"norms": True} if op.startswith("qkv") else {}
+    if op.endswith("forward"):
+        options |= {"biases": True, "keep": "all"}
+    found["many-rows"] = (MIDDLE, MANY_ROWS, options)
     found["deep-sums"] = (Sizes(528, 2, 1, 16, 1104), 13, {})
     found["many-heads"] = (Sizes(16, 40, 5, 16, 1072), 7, {})
     if op.startswith("qkv"):
@@ -115,6 +121,7 @@ def _attention(op: str, make: Callable[..., Arguments]) -> list[Case]:
         found[f"reads-heads-{name}"] = _bound(make, TRIES["reads"], *sizes)
     group, sizes = TRIES["group"], HEADS["d16-group4"]
     found["window-over-all"] = _bound(make, group, *sizes, window=500)
+    found["largest-window"] = _bound(make, group, *sizes, window=2**63 - 1)
     found["softcap"] = _bound(make, group, *sizes, softcap=2.0, gain=3.0)
     found["softcap-window"] = _bound(make, TRIES["deep"], *sizes, softcap=1.5, window=4, gain=3.0)
     found["large-scores"] = _bound(make, TRIES["tile-borders"], *sizes, gain=25.0)
@@ -147,7 +154,7 @@ def _attention_integers() -> list[Case]:
 def _products() -> list[Case]:
     shapes = [(0, 16, 5), (1, 16, 1), (2, 48, 7), (5, 80, 64), (6, 112, 65), (13, 208, 97)]
     shapes += [(33, 64, 130), (67, 16, 33), (7, 256, 191), (300, 32, 16)]
-    shapes += [(9, 528, 1030), (1100, 16, 17), (5, 1104, 33)]
+    shapes += [(9, 528, 1030), (MANY_ROWS, 16, 17), (5, 1104, 33)]
     cases = []
     for make, integers in ((arguments.linear, False), (arguments.linear_integers, True)):
         for bias in (False, True):
@@ -156,6 +163,14 @@ def _products() -> list[Case]:
                 cases.append(
                     Case("linear", name, _bound(make, rows, width, out, bias=bias), integers)
                 )
+    # The same products backwards: sums over `out`, which may be any number, into the width.
+    for make, integers in (
+        (arguments.linear_backward, False),
+        (arguments.linear_backward_integers, True),
+    ):
+        for rows, width, out in shapes:
+            bound = _bound(make, rows, out, width)
+            cases.append(Case("linear_backward", f"{rows}x{out}x{width}", bound, integers))
     sizes = [(0, 1, 16), (1, 1, 16), (3, 0, 16), (5, 3, 48), (17, 8, 80), (2, 33, 208), (70, 2, 64)]
     for make, integers in (
         (arguments.embedding_scores, False),
@@ -220,6 +235,8 @@ def many_rows(op: str, draw: Draw) -> Arguments:
     sizes = Sizes(64, 4, 2, 16, 96)
     if op == "linear":
         return arguments.linear(draw, 150, 64, 80, bias=True)
+    if op == "linear_backward":
+        return arguments.linear_backward(draw, 150, 83, 64)
     if op == "embedding_scores":
         return arguments.embedding_scores(draw, 150, 2, 64)
     if op == "attribution_rewards":

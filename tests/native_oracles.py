@@ -257,6 +257,11 @@ def linear(a: Arguments, at: Arithmetic) -> Outputs:
     return {"out": at.linear(a["x"], a["weight"], a["bias"])}
 
 
+def linear_backward(a: Arguments, at: Arithmetic) -> Outputs:
+    """Float products in every dtype: nothing is rounded to it."""
+    return {"out": at.take(a["grad"]) @ at.take(a["weight"])}
+
+
 def embedding_scores(a: Arguments, at: Arithmetic) -> Outputs:
     grads = at.take(a["grads"])
     if a["readout"] == 0:
@@ -308,6 +313,7 @@ ORACLES = {
         attention_forward,
         attention_backward,
         linear,
+        linear_backward,
         embedding_scores,
         attribution_rewards,
     )

@@ -31,6 +31,7 @@ FULL = {
     "attention_forward": "group",
     "attention_backward": "group",
     "linear": "13x208x97-bias",
+    "linear_backward": "13x97x208",
     "embedding_scores": "dot-5x3x48",
     "attribution_rewards": "ragged",
 }
@@ -232,6 +233,10 @@ def narrowed(a: Arguments, sizes: dict[str, tuple[int, int]]) -> Arguments:
     [
         ("linear", {"x": (1, 40), "weight": (1, 40)}, "multiple of 16"),
         ("linear", {"x": (1, 0), "weight": (1, 0)}, "multiple of 16"),
+        ("linear_backward", {"weight": (1, 40), "out": (1, 40)}, "multiple of 16"),
+        ("linear_backward", {"weight": (1, 0), "out": (1, 0)}, "multiple of 16"),
+        ("linear_backward", {"weight": (0, 96)}, "shape"),
+        ("linear_backward", {"grad": (1, 96)}, "shape"),
         ("embedding_scores", {"values": (1, 33), "grads": (2, 33)}, "multiple of 16"),
         (
             "attention_forward",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_arguments import Draw, Sizes
 from native_calls import DTYPES, TABLES, kernels, native, run, threads, usable
-from native_cases import HEADS, OPS, TRIES, many_rows
+from native_cases import CASES, HEADS, MANY_ROWS, OPS, TRIES, Case, many_rows, truth, yardstick
 from native_oracles import EXACT, ORACLES, Arguments, Outputs, plain
 from native_rules import FLOAT32, equal_bits, judge, near, relative_error
 from native_tries import Trie
@@ -28,6 +28,7 @@ ROW_ARGUMENTS = {
     "mlp_backward": ["dx", "saved"],
     "qkv_backward": ["dx", "saved", "dq", "dk", "dv"],
     "linear": ["x"],
+    "linear_backward": ["grad"],
     "embedding_scores": ["values", "grads"],
 }
 KEPT = {"normed", "rstd", "q_normed", "q_rstd", "k_normed", "k_rstd", "d_gate", "d_up"}
@@ -52,6 +53,29 @@ def test_runs_and_threads_change_no_bit(table: str, op: str, dtype: torch.dtype)
         for count in (2, 3):
             with threads(count):
                 assert same(run(op, a), once), f"{count} threads"
+
+
+# The other ops have no stages through which a thread could take rows of its own.
+MANY = [case for case in CASES if case.name.startswith(("many-rows", f"{MANY_ROWS}x"))]
+
+
+@pytest.mark.parametrize("case", MANY, ids=lambda case: f"{case}{'-integers' * case.integers}")
+@pytest.mark.parametrize("table", TABLES)
+def test_threads_that_take_rows_of_their_own_change_no_bit(table: str, case: Case) -> None:
+    if usable(table):
+        pytest.skip(str(usable(table)))
+    dtype = torch.float32 if case.integers else torch.bfloat16
+    a, expected = case.arguments(dtype), truth(case, dtype)
+    with kernels(table):
+        with threads(1):
+            once = run(case.op, a)
+        if case.integers:
+            assert {n: equal_bits(once[n], x) for n, x in expected.items()} == dict.fromkeys(once)
+        else:
+            assert judge(case.op, a, once, expected, yardstick(case, dtype)) == {}
+        for count in (2, 3, 4):
+            with threads(count):
+                assert same(run(case.op, a), once), f"{count} threads"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,6 +176,17 @@ def test_where_keys_lie_and_what_lanes_are_called_does_not_matter(
     if op.endswith("backward"):
         b["lse"] = a["lse"]
     assert same(run(op, a), run(op, b))
+
+
+@pytest.mark.parametrize("op", ["attention_forward", "attention_backward"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_window_that_no_sequence_fills_is_none(op: str, dtype: torch.dtype) -> None:
+    make = getattr(attention, op.removeprefix("attention_"))
+    for trie in ("deep", "tile-borders", "long-branches"):
+        a = make(Draw(dtype, 6), TRIES[trie], *HEADS["d32-group2"])
+        once = run(op, a)
+        for window in (2**31, 2**62, 2**63 - 100, 2**63 - 2, 2**63 - 1):
+            assert same(run(op, a | {"window": window}), once), window
 
 
 @pytest.mark.parametrize("trie", ["many-lanes", "group", "staggered"])
@@ -263,6 +298,7 @@ def test_products_and_scores_of_any_shape(
     draw = Draw(dtype, seed)
     for op, a in (
         ("linear", native_arguments.linear_integers(draw, rows, width, out, bias=bias)),
+        ("linear_backward", native_arguments.linear_backward_integers(draw, rows, out, width)),
         (
             "embedding_scores",
             native_arguments.embedding_scores_integers(draw, rows, lanes, width, readout=readout),

@@ -91,12 +91,15 @@ def terms(op: str, a: Arguments) -> tuple[torch.Tensor, int]:
         magnitudes = {name: None if a[name] is None else a[name].abs() for name in a}
         # A product, at most one addition per column, the bias.
         return ORACLES[op](magnitudes, EXACT)["out"], a["x"].shape[1] + 2
+    if op == "linear_backward":
+        magnitudes = {name: x.abs() for name, x in a.items()}
+        return ORACLES[op](magnitudes, EXACT)["out"], len(a["weight"]) + 1
     magnitudes = a | {"values": a["values"].abs(), "grads": a["grads"].abs()}
     return ORACLES[op](magnitudes, EXACT)["scores"], a["values"].shape[1] + 3  # product, root
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["linear", "embedding_scores"])
+@pytest.mark.parametrize("op", ["linear", "linear_backward", "embedding_scores"])
 def test_sums_stay_within_the_forward_error_bound(op: str, dtype: torch.dtype, table: str) -> None:
     wrong = {}
     for case in select(op, integers=False):

@@ -33,6 +33,7 @@ CHOSEN = {
     "attention_forward": ["group", "group-window3", "softcap"],
     "attention_backward": ["group", "group-window3", "softcap"],
     "linear": ["13x208x97-bias"],
+    "linear_backward": ["13x97x208"],
     "embedding_scores": ["dot-5x3x48", "l1-5x3x48", "l2-5x3x48"],
     "attribution_rewards": [
         "ragged",
@@ -145,7 +146,7 @@ def argument_changed(change: Callable[[str, Arguments], Arguments]) -> Implement
 OPERANDS = {
     "qkv_forward": "wk", "mlp_forward": "w_up", "mlp_backward": "w_down", "qkv_backward": "wv",
     "attention_forward": "v", "attention_backward": "v", "linear": "weight",
-    "embedding_scores": "grads", "attribution_rewards": "weights",
+    "linear_backward": "weight", "embedding_scores": "grads", "attribution_rewards": "weights",
 }  # fmt: skip
 
 
@@ -325,6 +326,16 @@ BUGS = [
         "another activation",
         argument_changed(lambda op, a: {"activation": (a["activation"] + 1) % 3}),
         ("mlp_forward",),
+    ),
+    Bug(
+        "the last term of a sum dropped",
+        argument_changed(lambda op, a: {"grad": a["grad"][:, :-1], "weight": a["weight"][:-1]}),
+        ("linear_backward",),
+    ),
+    Bug(
+        "gradients rounded to bfloat16",
+        argument_changed(lambda op, a: {"grad": a["grad"].bfloat16().float()}),
+        ("linear_backward",),
     ),
     Bug(
         "another read-out",

@@ -156,7 +156,8 @@ void attention_forward_as(const AttentionForward& in) {
             const i64 count = smaller(kStretch, block.count - t);
             item[at] = {&block, t, count};
             const i64 keys = in.positions[block.row + t + count - 1] + 1;
-            const i64 seen = in.window > 0 ? smaller(keys, in.window + count) : keys;
+            const bool all = in.window == 0 || in.window >= keys;
+            const i64 seen = all ? keys : smaller(keys, in.window + count);
             cost[at + 1] = cost[at] + double(count) * double(seen) + double(keys);
         }
     }

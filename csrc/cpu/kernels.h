@@ -181,6 +181,15 @@ struct LinearForward {
     float* out;
 };
 
+// out = grad W, [rows][in] float: the input gradient of a linear layer, in float products.
+struct LinearBackward {
+    Dtype dtype;
+    int64_t rows;
+    const float* grad;  // [rows][out]
+    Linear linear;
+    float* out;
+};
+
 enum class Readout : int64_t { dot = 0, l1 = 1, l2 = 2 };
 
 // dot: sum(values * grads); l1: sum(|grads|); l2: sqrt(sum(grads^2)); per lane.
@@ -208,8 +217,7 @@ struct AttributionRewards {
 };
 
 struct Kernels {
-    const char* name;    // "avx512bf16", "avx512", "avx2", "plain"
-    bool bf16_products;  // whether bfloat16 operands are multiplied as such, or widened to float
+    const char* name;  // "avx512bf16", "avx512", "avx2", "plain"
     void (*qkv_forward)(const QkvForward&);
     void (*mlp_forward)(const MlpForward&);
     void (*mlp_backward)(const MlpBackward&);
@@ -217,6 +225,7 @@ struct Kernels {
     void (*attention_forward)(const AttentionForward&);
     void (*attention_backward)(const AttentionBackward&);
     void (*linear_forward)(const LinearForward&);
+    void (*linear_backward)(const LinearBackward&);
     void (*embedding_scores)(const EmbeddingScores&);
     void (*attribution_rewards)(const AttributionRewards&);
 };

@@ -364,40 +364,9 @@ void qkv_backward_as(const QkvBackward& in) {
     });
 }
 
-template <class S, class T>
-void linear_forward_as(const LinearForward& in) {
-    const i64 columns = in.linear.out, depth = in.linear.in;
-    const Transposed<T, S> weight{stacked<S>(in.linear)};
-    const S* bias = static_cast<const S*>(in.linear.bias);
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
-        const Operands<S, T> operands(rows, depth);
-        const S* x = static_cast<const S*>(in.x) + start * depth;
-        multiply<T>({operands.of(x, rows), depth}, rows, weight,
-                    [&](i64 row, i64 here, i64 column, i64 wide, const float* tile) {
-                        for (i64 r = 0; r < here; r++) {
-                            float* out = in.out + (start + row + r) * columns + column;
-                            for (i64 c = 0; c < wide; c++)
-                                out[c] = tile[r * kPanel + c] +
-                                         (bias == nullptr ? 0.0f : widen(bias[column + c]));
-                        }
-                    });
-    });
-}
-
-// In bfloat16 models: bfloat16 pairs are multiplied as such, or widened first.
-#if G2R_BF16
-using Narrow = bf16;
-#else
-using Narrow = float;
-#endif
-
-#define G2R_BY_DTYPE(name, in) \
-    (in.dtype == Dtype::f32 ? name##_as<float, float>(in) : name##_as<bf16, Narrow>(in))
-
 inline void qkv_forward(const QkvForward& in) { G2R_BY_DTYPE(qkv_forward, in); }
 inline void mlp_forward(const MlpForward& in) { G2R_BY_DTYPE(mlp_forward, in); }
 inline void mlp_backward(const MlpBackward& in) { G2R_BY_DTYPE(mlp_backward, in); }
 inline void qkv_backward(const QkvBackward& in) { G2R_BY_DTYPE(qkv_backward, in); }
-inline void linear_forward(const LinearForward& in) { G2R_BY_DTYPE(linear_forward, in); }
 
 }  // namespace g2r::G2R_NS

@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "linear.h"
 #include "scores.h"
 #include "stages.h"
 
@@ -16,9 +17,17 @@ inline void attention_backward(const AttentionBackward& in) {
 
 inline const Kernels& table(const char* name) {
     static const Kernels kernels = {
-        name,           bool(G2R_BF16),   qkv_forward,         mlp_forward,
-        mlp_backward,   qkv_backward,     attention_forward,   attention_backward,
-        linear_forward, embedding_scores, attribution_rewards,
+        name,
+        qkv_forward,
+        mlp_forward,
+        mlp_backward,
+        qkv_backward,
+        attention_forward,
+        attention_backward,
+        linear_forward,
+        linear_backward,
+        embedding_scores,
+        attribution_rewards,
     };
     return kernels;
 }

@@ -25,6 +25,16 @@ struct Pair<bf16> {
     static constexpr int size = 2;
 };
 
+// In bfloat16 models: bfloat16 pairs are multiplied as such, or widened first.
+#if G2R_BF16
+using Narrow = bf16;
+#else
+using Narrow = float;
+#endif
+
+#define G2R_BY_DTYPE(name, in) \
+    (in.dtype == Dtype::f32 ? name##_as<float, float>(in) : name##_as<bf16, Narrow>(in))
+
 // Where a panel of kPanel columns has (k, column).
 template <class T>
 G2R_INLINE i64 packed_index(i64 k, i64 column) {

@@ -13,7 +13,14 @@ from ..tables import Piece, RowMap, Watch
 from ..tape import MlpTape, NormTape, Rotary
 from . import rows as rowwise
 
-__all__ = ["linear", "mlp_backward", "mlp_forward", "qkv_backward", "qkv_forward"]
+__all__ = [
+    "linear",
+    "linear_backward",
+    "mlp_backward",
+    "mlp_forward",
+    "qkv_backward",
+    "qkv_forward",
+]
 
 
 def qkv_forward(
@@ -141,6 +148,10 @@ def qkv_backward(
             dh = part if dh is None else dh.add_(part)
         if dh is not None:
             _norm_back(layer.input_norm, norm, piece, dh, dx)
+
+
+def linear_backward(grad: torch.Tensor, layer: Linear) -> torch.Tensor:
+    return rowwise.linear_backward(grad, layer.weight)
 
 
 def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
