@@ -10,12 +10,12 @@ The first that can serve a run is taken; the environment variable `G2R_BACKEND` 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from . import native_ops
+from . import native, native_ops
 from .errors import BackendError, InputError
 
 __all__ = [
@@ -23,10 +23,12 @@ __all__ = [
     "Backend",
     "Candidate",
     "Request",
+    "check_not_forced",
     "choose",
     "describe",
     "native_is_there",
     "native_serves",
+    "wanted_backend",
 ]
 
 BACKENDS = ("native", "triton", "reference")
@@ -35,6 +37,7 @@ VARIABLE = "G2R_BACKEND"
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE_STEP = 16  # elements; rows of anything that is multiplied come in whole vectors
 _NATIVE_HEAD_DIM = 256
+_NO_TRITON = "it has no kernel for these operations yet"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Request:
     hidden: int
     intermediate: int
     head_dim: int
-    contiguous: bool = True  # whether every weight is
+    scattered: tuple[str, ...] = ()  # names of the weights that are not contiguous
     reads_linears: bool = False  # whether the signal reads linear layers on the way back
 
 
@@ -83,17 +86,26 @@ class Backend:
 
 
 def describe(request: Request) -> list[Candidate]:
-    """Every backend in order of preference, and why it cannot serve where it cannot."""
-    return [_candidate(name, request) for name in BACKENDS]
+    """Every backend in order of preference, and why it cannot serve where it cannot.
+
+    `G2R_CPU` with a name that is none is a reason here.
+    """
+    found = []
+    for name in BACKENDS:
+        try:
+            found.append(_candidate(name, request))
+        except InputError as error:
+            found.append(Candidate(name, (str(error),)))
+    return found
 
 
 def choose(request: Request) -> Backend:
     """The backend that `G2R_BACKEND` names, or the first that can serve.
 
-    Raises InputError where the variable names no backend, and BackendError where the one it names
-    cannot serve.
+    Raises InputError where a variable has no such value, see `wanted_backend` and
+    `native_ops.load`, and BackendError where the backend that is named cannot serve.
     """
-    wanted = _wanted()
+    wanted = wanted_backend()
     refused: dict[str, str] = {}
     for name in BACKENDS if wanted == "auto" else (wanted,):
         candidate = _candidate(name, request)
@@ -105,18 +117,34 @@ def choose(request: Request) -> Backend:
 
 def native_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the native kernels take rows of `width` that no run has chosen a backend for."""
-    return _wanted() in ("auto", "native") and not _native_reasons(
+    return wanted_backend() in ("auto", "native") and not _native_reasons(
         Request(device, dtype, width, _NATIVE_STEP, _NATIVE_STEP)
     )
 
 
 def native_is_there(device: torch.device) -> bool:
     """Whether native kernels that ask nothing of a model run here; nothing is compiled for them."""
-    wanted = _wanted() in ("auto", "native")
+    wanted = wanted_backend() in ("auto", "native")
     return wanted and device.type == "cpu" and native_ops.load(build=False) is None
 
 
-def _wanted() -> str:
+def check_not_forced(reasons: Sequence[str]) -> None:
+    """For a run that no backend has a part in: raises BackendError, with the reasons, if one must.
+
+    Such a run is plain PyTorch, which is all that `G2R_BACKEND=reference` asks for.
+    """
+    wanted = wanted_backend()
+    if wanted not in ("auto", "reference"):
+        raise BackendError(wanted, [*([_NO_TRITON] if wanted == "triton" else []), *reasons])
+
+
+def wanted_backend() -> str:
+    """What `G2R_BACKEND` asks for, "auto" where nothing.
+
+    Raises InputError where it, or `G2R_BUILD`, has no such value: also where nothing is to be
+    built, as whoever sets it wants to know.
+    """
+    native.may_build()
     wanted = os.environ.get(VARIABLE, "") or "auto"
     if wanted not in ("auto", *BACKENDS):
         raise InputError(
@@ -129,7 +157,7 @@ def _candidate(backend: str, request: Request) -> Candidate:
     if backend == "native":
         return Candidate(backend, tuple(_native_reasons(request)))
     if backend == "triton":
-        return Candidate(backend, ("it has no kernel for these operations yet",))
+        return Candidate(backend, (_NO_TRITON,))
     return Candidate(backend, ())
 
 
@@ -148,8 +176,10 @@ def _native_reasons(request: Request) -> list[str]:
     for name, size in (("hidden", request.hidden), ("intermediate", request.intermediate)):
         if size % _NATIVE_STEP:
             reasons.append(f"{name} size {size} is not a multiple of {_NATIVE_STEP}")
-    if not request.contiguous:
-        reasons.append("a weight is not contiguous in memory")
+    if request.scattered:
+        first, others = request.scattered[0], len(request.scattered) - 1
+        more = f" (and {others} more)" if others else ""
+        reasons.append(f"the weight {first} is not contiguous in memory{more}")
     if request.reads_linears:
         reasons.append("the signal reads linear layers")
     if not reasons:  # the first question compiles what is missing: only where that is of use

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,23 @@ from .building import (
     tools,
 )
 
-__all__ = ["build_in_cache", "cache_folder", "cached_path", "last_output", "remembered_failure"]
+__all__ = [
+    "build_in_cache",
+    "cache_folder",
+    "cached_path",
+    "last_output",
+    "problem_of_cache",
+    "remembered_failure",
+]
 
 LOCK_SECONDS = 900.0  # many times the longest build; then something else is wrong
+_FIX = "set G2R_CACHE to a folder that can be written"
+
+_told: set[str] = set()
+
+
+class _LockError(Exception):
+    """Another process has what we need, and keeps it."""
 
 
 def build_in_cache(parts: Sequence[Part], package: Path, force: bool = False) -> dict[Part, str]:
@@ -36,12 +51,12 @@ def build_in_cache(parts: Sequence[Part], package: Path, force: bool = False) ->
 
     Of several processes that come here at once, one builds and the others wait for it. A failure
     is remembered beside the library and not tried again, except with `force`, or when there is
-    another compiler.
+    another compiler. What keeps this process from using the cache is told on stderr, once.
     """
     reasons: dict[Part, str] = {}
     try:
         cache_folder(package).mkdir(parents=True, exist_ok=True)
-        with _lock(cache_folder(package) / "lock"):
+        with _lock(cache_folder(package) / "lock") as alone:
             todo = {}
             for part in parts:
                 path = _path(part, package, part.suffix)
@@ -55,6 +70,12 @@ def build_in_cache(parts: Sequence[Part], package: Path, force: bool = False) ->
             names = " and ".join(f"g2r_fast.{part.name}" for part in todo)
             again = "" if force else ", once; G2R_BUILD=never keeps it from doing so"
             _say(f"compiling {names} into {cache_folder(package)}{again}")
+            if not alone:
+                _say(
+                    "this folder has no file locks: every process that comes here meanwhile "
+                    "compiles as well, which is slower, with the same answers; run `g2r-fast "
+                    "build` beforehand, or set G2R_CACHE to a folder that has them"
+                )
             began = time.monotonic()
             failed = build(todo, package)
             for part in todo:
@@ -67,10 +88,35 @@ def build_in_cache(parts: Sequence[Part], package: Path, force: bool = False) ->
                     _failure_path(part, package).unlink(missing_ok=True)
             if len(failed) < len(todo):
                 _say(f"compiled in {time.monotonic() - began:.0f} s")
+    except _LockError as error:
+        _leave_out(parts, reasons, f"{error}; other processes may run what is compiled")
     except (BuildError, OSError) as error:
-        for part in parts:
-            reasons.setdefault(part, f"the cache cannot be used ({error})")
+        _leave_out(parts, reasons, f"the cache folder cannot be used ({error}); {_FIX}")
     return reasons
+
+
+def _leave_out(parts: Sequence[Part], reasons: dict[Part, str], why: str) -> None:
+    missing = [part for part in parts if part not in reasons]
+    reasons.update(dict.fromkeys(missing, why))
+    if missing and why not in _told:
+        _told.add(why)
+        names = " and ".join(f"g2r_fast.{part.name}" for part in missing)
+        _say(f"without {names} the reference path runs, slower, same answers: {why}")
+
+
+def problem_of_cache(package: Path) -> str | None:
+    """Why nothing can be built into the cache, and how to mend it; nothing is left behind."""
+    try:
+        folder = found = cache_folder(package)
+        while not found.exists():
+            found = found.parent
+        # Permissions do not tell: root may write everywhere, but not where nobody can.
+        with tempfile.TemporaryFile(dir=found):
+            return None
+    except BuildError as error:
+        return f"there is no cache folder ({error}); {_FIX}"
+    except OSError as error:
+        return f"the cache folder {folder} cannot be used ({error.strerror}); {_FIX}"
 
 
 def cached_path(part: Part, package: Path) -> Path | None:
@@ -126,7 +172,7 @@ def cache_folder(package: Path) -> Path:
         try:
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2r_fast")
         except RuntimeError as error:
-            raise BuildError(f"{error}; set G2R_CACHE") from error
+            raise BuildError(str(error)) from error
     platform = sysconfig.get_platform()
     if hasattr(os, "confstr") and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         platform += "-" + (os.confstr("CS_GNU_LIBC_VERSION") or "").replace(" ", "")
@@ -134,30 +180,35 @@ def cache_folder(package: Path) -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Alone with `path`, on every machine that shares the folder, where the file system can."""
+def _lock(path: Path) -> Iterator[bool]:
+    """Alone with `path`, on every machine that shares the folder; False where there are no locks.
+
+    There too, a library appears whole or not at all. Raises _LockError after LOCK_SECONDS.
+    """
     try:
         import fcntl
-    except ImportError:  # not on this system: a library still appears whole or not at all
-        yield
+    except ImportError:  # not on this system
+        yield False
         return
     with open(path, "w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
-        waiting = False
+        waiting, alone = False, True
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BuildError(f"another process has held {path} for too long") from None
+                    raise _LockError(
+                        f"another process has held {path} for {LOCK_SECONDS:.0f} s"
+                    ) from None
                 if not waiting:
                     _say("waiting for another process that compiles the native parts")
                 waiting = True
                 time.sleep(0.1)
                 continue
             except OSError:  # a file system without locks
-                pass
-            yield
+                alone = False
+            yield alone
             return
 
 

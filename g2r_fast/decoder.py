@@ -19,7 +19,7 @@ from .packed_backward import PackedBackward
 from .packed_forward import PackedForward
 from .plan import DecoderShape, PackedPlan, Read
 from .signal import Cotangents, LeafRows, Signal
-from .tape import PassContext, Tape, tensors_in
+from .tape import PassContext, Tape
 
 __all__ = ["FrozenDecoder", "Tape"]
 
@@ -50,7 +50,7 @@ class FrozenDecoder:
                 hidden=shape.hidden,
                 intermediate=shape.intermediate,
                 head_dim=shape.head_dim,
-                contiguous=all(t.is_contiguous() for t in tensors_in(self.weights)),
+                scattered=self.weights.scattered,
                 reads_linears=reads_linears,
             )
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, native
-from .build_cache import remembered_failure
+from .build_cache import problem_of_cache, remembered_failure
 from .building import CPU_OPS, PARTS, Part, find_compiler
 from .errors import InputError
 
@@ -48,9 +48,9 @@ def examine() -> dict[str, Any]:
             native.may_build()
         except InputError as error:
             problems[str(error)] = None
-        reason = _load_ops(problems)
+        reason, usable = _load_ops(problems)
         flags = _processor_flags()
-        kernels = _kernels(flags) if reason is None else []
+        kernels = _kernels(flags) if usable else []
         backends = _backends(problems)
     return {
         "versions": _versions(),
@@ -116,19 +116,23 @@ def _processor_name() -> str:
     return platform.processor() or "unknown"
 
 
-def _load_ops(problems: dict[str, None]) -> str | None:
-    """Why torch.ops.g2r_fast is not there, None where it is."""
+def _load_ops(problems: dict[str, None]) -> tuple[str | None, bool]:
+    """Why torch.ops.g2r_fast is not there, None where it is; whether its kernels can be asked.
+
+    They cannot where `G2R_CPU` names none of them: the first that runs would stay in use.
+    """
     from .native_ops import load
 
     wanted = os.environ.get("G2R_CPU")
     if wanted and wanted not in NEEDS:
         problems[f"G2R_CPU={wanted} is none of {', '.join(NEEDS)}"] = None
     try:
-        return load()
+        reason = load()
     except InputError as error:
         if wanted in NEEDS:
             problems[str(error)] = None
-    return None
+        return None, False
+    return reason, reason is None
 
 
 def _part(part: Part, reason: str | None) -> dict[str, Any]:
@@ -146,8 +150,14 @@ def _part(part: Part, reason: str | None) -> dict[str, Any]:
 
 def _remedy(part: Part) -> str:
     failure = remembered_failure(part, native.PACKAGE)
+    unusable = problem_of_cache(native.PACKAGE)
     if find_compiler() is None:
-        return "install a C++ compiler (g++); then `g2r-fast build`, or the next use, compiles it"
+        install = "install a C++ compiler (g++)"
+        if unusable is not None:
+            return f"{install}; {unusable}"
+        return f"{install}; then `g2r-fast build`, or the next use, compiles it"
+    if unusable is not None:
+        return unusable
     if failure is not None:
         return f"it could not be compiled ({failure}); `g2r-fast build` tries again"
     if os.environ.get("G2R_BUILD") == "never":
@@ -160,10 +170,7 @@ def _kernels(flags: frozenset[str]) -> list[dict[str, Any]]:
     import torch
 
     ops = torch.ops.g2r_fast
-    try:
-        in_use = ops.cpu_kernels()
-    except RuntimeError:  # G2R_CPU names none that run here, which is a problem told elsewhere
-        in_use = None
+    in_use = ops.cpu_kernels()
     tables = []
     for name in ops.built_cpu_kernels().split(","):
         reason = None
@@ -177,8 +184,7 @@ def _kernels(flags: frozenset[str]) -> list[dict[str, Any]]:
             if in_use != name:
                 reason = f"G2R_CPU={wanted}" if wanted else f"{in_use} runs here too"
         tables.append({"name": name, "used": name == in_use, "reason": reason})
-    if in_use is not None:
-        ops.use_cpu_kernels(in_use)
+    ops.use_cpu_kernels(in_use)
     return tables
 
 
@@ -186,10 +192,14 @@ def _backends(problems: dict[str, None]) -> list[dict[str, Any]]:
     """For every device and dtype, each backend: whether it runs, and if not, why."""
     import torch
 
-    from .backends import BACKENDS, Request, choose, describe
+    from .backends import BACKENDS, Request, choose, describe, wanted_backend
     from .errors import BackendError
 
-    wanted = os.environ.get("G2R_BACKEND") or "auto"
+    try:
+        wanted = wanted_backend()
+    except InputError as error:
+        problems[str(error)] = None
+        return []
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -199,24 +209,20 @@ def _backends(problems: dict[str, None]) -> list[dict[str, Any]]:
         for dtype in DTYPES:
             # A shape that suits every backend: what is told is of the machine, not of a model.
             request = Request(torch.device(device), getattr(torch, dtype), 256, 512, 64)
+            stopped = f"G2R_BACKEND={wanted}"
             try:
                 chosen = choose(request).name
             except BackendError:
                 chosen = None
-            except InputError as error:
-                if not problems:
-                    problems[str(error)] = None
-                return []
+            except InputError:  # which _load_ops has told
+                chosen, stopped = None, "a wrong setting stops such a run"
             served |= chosen == wanted
             candidates = []
             for candidate in describe(request):
                 reason = candidate.reason
                 if reason is None and candidate.backend != chosen:
-                    reason = (
-                        f"G2R_BACKEND={wanted}"
-                        if wanted not in ("auto", candidate.backend)
-                        else f"{chosen} serves, and comes first"
-                    )
+                    first = chosen is not None and wanted == "auto"
+                    reason = f"{chosen} serves, and comes first" if first else stopped
                 candidates.append(
                     {
                         "backend": candidate.backend,

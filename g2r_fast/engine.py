@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .backends import check_not_forced
 from .decoder import FrozenDecoder
 from .errors import InputError, UnsupportedModelError
 from .fallback import AutogradEngine, EngineRun, Progress
@@ -50,18 +51,21 @@ _told: set[str] = set()
 def choose_engine(model: Any, engine: str = "auto") -> Engine:
     """The engine for a model; `"auto"` may fall back and says so once, with the reason.
 
-    Raises InputError for an unknown name and UnsupportedModelError where a named engine cannot
-    serve.
+    Raises InputError for an unknown name or a setting (`G2R_BACKEND`, `G2R_CPU`, `G2R_BUILD`) that
+    has no such value, UnsupportedModelError where a named engine cannot serve, and BackendError
+    where the backend that `G2R_BACKEND` names cannot.
     """
     if engine not in ENGINES:
         raise InputError("unknown engine", expected=" | ".join(map(repr, ENGINES)), got=engine)
     if engine == "autograd":
+        check_not_forced(["engine='autograd' runs the model's own operations"])
         return AutogradEngine(model)
     try:
-        return PackedEngine(model)
+        packed = PackedEngine(model)
     except UnsupportedModelError as error:
         if engine == "packed":
             raise
+        check_not_forced(["the packed engine cannot serve this model", *error.reasons])
         reason = "; ".join(error.reasons)
         if reason not in _told:
             _told.add(reason)
@@ -71,6 +75,8 @@ def choose_engine(model: Any, engine: str = "auto") -> Engine:
                 stacklevel=3,
             )
         return AutogradEngine(model)
+    packed.decoder.backend()  # now, and not when everything is encoded
+    return packed
 
 
 class PackedEngine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ class DecoderWeights:
     scaling: float
     inv_freq: torch.Tensor  # [head_dim / 2]
     rotary_scaling: float
+    head_name: str = "lm_head"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,6 +108,20 @@ class DecoderWeights:
     @property
     def device(self) -> torch.device:
         return self.embed.device
+
+    @property
+    def scattered(self) -> tuple[str, ...]:
+        """Names of the parameters that are not contiguous in memory."""
+        return tuple(name for name, tensor in self._named() if not tensor.is_contiguous())
+
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter under the name that the model has for it."""
+        yield "model.embed_tokens.weight", self.embed
+        for layer in self.layers:
+            for field, module in _MODULES.items():
+                yield from _parameters(f"{layer.name}.{module}", getattr(layer, field))
+        yield "model.norm.weight", self.norm
+        yield from _parameters(self.head_name, self.head)
 
     @property
     def shape(self) -> DecoderShape:
@@ -122,6 +137,32 @@ class DecoderWeights:
             stat_itemsize=statistics.itemsize,
             qk_norm=self.layers[0].q_norm is not None,
         )
+
+
+# Fields of LayerWeights, and the modules of a layer that they come from.
+_MODULES = {
+    "input_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "post_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def _parameters(
+    module: str, found: Linear | torch.Tensor | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    weight, bias = (found.weight, found.bias) if isinstance(found, Linear) else (found, None)
+    if weight is not None:
+        yield f"{module}.weight", weight
+    if bias is not None:
+        yield f"{module}.bias", bias
 
 
 def read_weights(model: Any) -> DecoderWeights:
@@ -151,6 +192,7 @@ def read_weights(model: Any) -> DecoderWeights:
         scaling=float(first.scaling),
         inv_freq=decoder.rotary_emb.inv_freq,
         rotary_scaling=float(decoder.rotary_emb.attention_scaling),
+        head_name=str(_head_name(model)),
     )
 
 

@@ -105,8 +105,10 @@ def load_part(
     """``load(path)`` of the first library of this part that is sound and loads.
 
     Looks into the package, then into the cache; with ``build`` (and `G2R_BUILD`) every part that is
-    missing is then compiled into the cache, at most once.
+    missing is then compiled into the cache, at most once. Raises InputError where `G2R_BUILD` has
+    no such value, also where nothing is missing.
     """
+    allowed = not build or may_build()
     reasons: list[str] = []
     cached = cached_path(part, PACKAGE)
     candidates = (PACKAGE / part.file_name, cached)
@@ -122,7 +124,7 @@ def load_part(
             note.read_text(encoding="utf-8").strip() if note.is_file() else "it was never built"
         )
     build = build and not _looking_only
-    if build and not may_build():
+    if build and not allowed:
         reasons.append("G2R_BUILD=never")
     elif build and cached not in tried:
         missing = [other for other in PARTS if other == part or not status(other.name).built]

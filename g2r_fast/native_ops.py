@@ -43,8 +43,9 @@ def load(build: bool = True) -> str | None:
     """Make the ops available, once; the reason why they are not, None when they are.
 
     The first call compiles the library where it is missing, unless `build` is False, see
-    `g2r_fast.native`. Raises
-    InputError where `G2R_CPU` names kernels that this processor cannot run, or `G2R_BUILD`
+    `g2r_fast.native`.
+
+    Raises InputError where `G2R_CPU` names kernels that this processor cannot run, or `G2R_BUILD`
     nothing it knows.
     """
     global _loaded, _reason

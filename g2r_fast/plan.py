@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import overload
 
 import torch
@@ -30,7 +31,9 @@ __all__ = [
     "Reads",
     "Run",
     "Segment",
+    "column",
     "micro_batches",
+    "table",
 ]
 
 
@@ -150,7 +153,7 @@ class DecoderShape:
     qk_norm: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Run:
     """The backward rows of one segment: len(segment) tokens times len(lanes) lanes."""
 
@@ -225,9 +228,28 @@ class PackedPlan:
     def positions(self) -> torch.Tensor:
         """Positions of the forward rows `[rows]`, int64."""
         # Within a segment, position and row count up together.
-        shifts = _tensor(array("q", [s.start - s.row for s in self.segments]))
-        lengths = _tensor(array("q", [s.stop - s.start for s in self.segments]))
+        shifts = column([s.start - s.row for s in self.segments])
+        lengths = column([s.stop - s.start for s in self.segments])
         return torch.arange(self.rows).add_(shifts.repeat_interleave(lengths))
+
+    @cached_property
+    def segment_table(self) -> torch.Tensor:
+        """`[segments, 4]`: start, stop, first forward row, parent or -1; int64."""
+        return table(
+            [s.start for s in self.segments],
+            [s.stop for s in self.segments],
+            [s.row for s in self.segments],
+            [-1 if s.parent is None else s.parent for s in self.segments],
+        )
+
+    @cached_property
+    def ranks(self) -> torch.Tensor:
+        """Place of every sequence in depth-first order `[N]`, int64."""
+        roots = (s.members for s in self.segments if s.parent is None)
+        order = column(chain.from_iterable(roots))
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order))
+        return ranks
 
     @property
     def unshared_rows(self) -> int:
@@ -252,12 +274,14 @@ class PackedPlan:
         row = 0
         for index, segment in enumerate(self.segments):
             lanes = segment.live
-            if not every:
+            if lanes and not every:
                 lanes = tuple(filter(chosen_set.__contains__, lanes))
             if lanes:
                 assert segment.saved_row is not None
-                runs.append(Run(index, lanes, segment.start, len(segment), segment.saved_row, row))
-                row += runs[-1].rows
+                start = segment.start
+                tokens = segment.stop - start
+                runs.append(Run(index, lanes, start, tokens, segment.saved_row, row))
+                row += tokens * len(lanes)
         return BackwardPlan(tuple(runs), row, {run.segment: run for run in runs})
 
     def saved_bytes(self, shape: DecoderShape) -> int:
@@ -364,6 +388,16 @@ def _segments(layout: planner.Layout) -> Iterator[Segment]:
             live,
             None if saved < 0 else saved,
         )
+
+
+def column(values: Iterable[int]) -> torch.Tensor:
+    """As an int64 tensor, several times faster than torch reads a list."""
+    return _tensor(array("q", values))
+
+
+def table(*columns: Iterable[int]) -> torch.Tensor:
+    """`[rows, columns]`, int64."""
+    return torch.stack([column(values) for values in columns], 1)
 
 
 def _tensor(values: array[int]) -> torch.Tensor:

@@ -13,8 +13,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .alignment import Alignment, CharacterSpan, decode_with_spans
+from .alignment import Alignment, CharacterSpan
 from .checks import Span, check_vocabulary, read_spans, token_ids
+from .decoding import decode_with_spans
 from .errors import InputError, InputTypeError
 from .untrusted import UntrustedEncoder
 

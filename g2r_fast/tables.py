@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, groupby, pairwise
 
 import torch
 
-from .plan import BackwardPlan, PackedPlan, Read
+from .plan import BackwardPlan, PackedPlan, Read, column, table
 from .signal import LeafRows
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """Rows that follow each other: some tokens, times the lanes of each, token-major."""
 
@@ -59,15 +60,22 @@ class RowMap:
     @cached_property
     def index(self) -> torch.Tensor:
         """The same as a tensor `[rows]`, int32; -1: nothing is kept."""
-        parts = [torch.empty(0, dtype=torch.int32)]
-        for piece in self.pieces:
-            saved = piece.saved
-            if saved is None:
-                saved = torch.full((piece.tokens,), -1)
-            elif isinstance(saved, slice):
-                saved = torch.arange(saved.start, saved.stop)
-            parts.append(saved.repeat_interleave(piece.lanes).to(torch.int32))
-        return torch.cat(parts)
+        tokens = [piece.tokens for piece in self.pieces]
+        offsets = _offsets(tokens)
+        # Where saved rows are a slice, they and the tokens of the pass count up together.
+        shifts = [
+            piece.saved.start - offset if isinstance(piece.saved, slice) else 0
+            for piece, offset in zip(self.pieces, offsets, strict=True)
+        ]
+        lengths = column(tokens)
+        index = torch.arange(sum(tokens)).add_(column(shifts).repeat_interleave(lengths))
+        for piece, offset in zip(self.pieces, offsets, strict=True):
+            if not isinstance(piece.saved, slice):
+                index[offset : offset + piece.tokens] = -1 if piece.saved is None else piece.saved
+        if any(piece.lanes > 1 for piece in self.pieces):
+            lanes = column([piece.lanes for piece in self.pieces])
+            index = index.repeat_interleave(lanes.repeat_interleave(lengths))
+        return index.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -87,54 +95,63 @@ class QueryTables:
 
     plan: PackedPlan
     positions: torch.Tensor  # [queries], int64
-    blocks: tuple[QueryBlock, ...]
+    block_segments: Sequence[int]  # of each block
+    block_starts: Sequence[int]  # its first row of q and lse
+    block_counts: Sequence[int]
     backward: BackwardPlan | None = None
+    lanes: Sequence[tuple[int, ...]] = ()  # backward only: who comes back in each block
+    block_rows: Sequence[int] = ()  # backward only: the block's first row in grad_out and dq
 
     @cached_property
+    def blocks(self) -> tuple[QueryBlock, ...]:
+        """Made when looked at: the native operations read columns only."""
+        rows = [slice(i, i + n) for i, n in zip(self.block_starts, self.block_counts, strict=True)]
+        positions = [self.positions[block] for block in rows]
+        columns: list[Sequence[object]] = [self.block_segments, rows, positions]
+        if self.backward is not None:
+            columns += [self.lanes, self.block_rows]
+        return tuple(map(QueryBlock, *columns))
+
+    @property
     def segments(self) -> torch.Tensor:
         """`[n, 4]`: start, stop, first row of k and v, parent or -1."""
-        return _table(
-            4,
-            (
-                (s.start, s.stop, s.row, -1 if s.parent is None else s.parent)
-                for s in self.plan.segments
-            ),
-        )
+        return self.plan.segment_table
 
     @cached_property
     def forward_blocks(self) -> torch.Tensor:
         """`[n, 3]`: segment, first row of q, count."""
-        return _table(3, ((b.segment, b.rows.start, len(b.positions)) for b in self.blocks))
+        return table(self.block_segments, self.block_starts, self.block_counts)
 
     @cached_property
     def backward_blocks(self) -> torch.Tensor:
         """`[n, 6]`: segment, first row of q, count, first backward row, offset into
         `block_lanes`, lanes."""
-        offsets = _offsets(len(b.lanes) for b in self.blocks)
-        return _table(
-            6,
-            (
-                (b.segment, b.rows.start, len(b.positions), b.row, offset, len(b.lanes))
-                for b, offset in zip(self.blocks, offsets, strict=True)
-            ),
+        lanes = [len(lanes) for lanes in self.lanes]
+        return table(
+            self.block_segments,
+            self.block_starts,
+            self.block_counts,
+            self.block_rows,
+            _offsets(lanes),
+            lanes,
         )
 
     @cached_property
     def block_lanes(self) -> torch.Tensor:
-        return self._named(b.lanes for b in self.blocks)
+        return self._named(self.lanes)
 
     @cached_property
     def runs(self) -> torch.Tensor:
         """`[n, 5]`: segment, first backward row, tokens, offset into `run_lanes`, lanes."""
         assert self.backward is not None
         runs = self.backward.runs
-        offsets = _offsets(len(run.lanes) for run in runs)
-        return _table(
-            5,
-            (
-                (run.segment, run.row, run.tokens, offset, len(run.lanes))
-                for run, offset in zip(runs, offsets, strict=True)
-            ),
+        lanes = [len(run.lanes) for run in runs]
+        return table(
+            [run.segment for run in runs],
+            [run.row for run in runs],
+            [run.tokens for run in runs],
+            _offsets(lanes),
+            lanes,
         )
 
     @cached_property
@@ -144,29 +161,16 @@ class QueryTables:
 
     def _named(self, lists: Iterable[tuple[int, ...]]) -> torch.Tensor:
         """Lanes by their place in depth-first order, so that every list of them ascends."""
-        rank = self._rank
-        return torch.tensor([rank[lane] for lanes in lists for lane in lanes], dtype=torch.int64)
-
-    @cached_property
-    def _rank(self) -> dict[int, int]:
-        roots = (s for s in self.plan.segments if s.parent is None)
-        return {lane: i for i, lane in enumerate(lane for s in roots for lane in s.members)}
+        return self.plan.ranks[column(chain.from_iterable(lists))]
 
 
 def forward_rows(plan: PackedPlan, chunk: int) -> RowMap:
     """Every row of the plan, in pieces of at most `chunk` that are kept as a whole or not."""
     pieces: list[Piece] = []
-    segments = plan.segments
-    at = 0
-    while at < len(segments):
-        first = segments[at]
-        stop = first.row
-        while at < len(segments) and (
-            (segments[at].saved_row is None) == (first.saved_row is None)
-        ):
-            stop = segments[at].row + len(segments[at])
-            at += 1
-        pieces.extend(_chunks(first.row, stop, first.saved_row, chunk))
+    for _, group in groupby(plan.segments, lambda s: s.saved_row is None):
+        stretch = list(group)
+        first, last = stretch[0], stretch[-1]
+        pieces.extend(_chunks(first.row, last.row + len(last), first.saved_row, chunk))
     return RowMap(tuple(pieces))
 
 
@@ -177,25 +181,19 @@ def forward_reads(plan: PackedPlan, chunk: int) -> RowMap:
 
 def forward_queries(plan: PackedPlan) -> QueryTables:
     """Every row of the plan attends."""
-    blocks = (
-        QueryBlock(i, rows, plan.positions[rows])
-        for i, rows in enumerate(slice(s.row, s.row + len(s)) for s in plan.segments)
-    )
-    return QueryTables(plan, plan.positions, tuple(blocks))
+    segments = plan.segments
+    starts, counts = [s.row for s in segments], [s.stop - s.start for s in segments]
+    return QueryTables(plan, plan.positions, range(len(segments)), starts, counts)
 
 
 def forward_read_queries(plan: PackedPlan) -> QueryTables:
     """The rows that are read attend; they are ascending, so those of a segment are a slice."""
-    positions = plan.positions[torch.tensor(plan.read_rows, dtype=torch.int64)]
-    blocks = []
-    row = 0
-    for i, segment in enumerate(plan.segments):
-        count = len(plan.read_rows_in(segment))
-        if count:
-            rows = slice(row, row + count)
-            blocks.append(QueryBlock(i, rows, positions[rows]))
-            row += count
-    return QueryTables(plan, positions, tuple(blocks))
+    read = column(plan.read_rows)
+    rows = column([*(s.row for s in plan.segments), plan.rows])
+    bounds = torch.searchsorted(read, rows).tolist()
+    blocks = [(i, a, b - a) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
+    segments, starts, counts = zip(*blocks, strict=True) if blocks else ((), (), ())
+    return QueryTables(plan, plan.positions[read], segments, starts, counts)
 
 
 def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: bool) -> RowMap:
@@ -204,24 +202,28 @@ def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: b
     With `merge`, single-lane runs that follow each other are one piece.
     """
     pieces: list[Piece] = []
+    members: list[LeafRows] = []  # of the piece that is still open; so are the next four
+    row = saved = saved_stop = width = 0
+
+    def close() -> None:
+        if members:
+            rows = slice(row, row + (saved_stop - saved) * width)
+            pieces.append(Piece(rows, slice(saved, saved_stop), width, tuple(members)))
+            members.clear()
+
     for run in backward.runs:
         lanes = len(run.lanes)
         step = max(1, chunk // lanes)
         for token in range(0, run.tokens, step):
+            kept, start = run.saved_row + token, run.start + token
             tokens = min(step, run.tokens - token)
-            row, saved = run.row + token * lanes, run.saved_row + token
-            start = run.start + token
-            piece = Piece(
-                slice(row, row + tokens * lanes),
-                slice(saved, saved + tokens),
-                lanes,
-                (LeafRows(run.lanes, start, start + tokens),),
-            )
-            joined = _join(pieces[-1], piece, chunk) if merge and pieces else None
-            if joined is None:
-                pieces.append(piece)
-            else:
-                pieces[-1] = joined
+            follows = lanes == width == 1 and kept == saved_stop
+            if not (merge and follows and kept + tokens - saved <= chunk):
+                close()
+                row, saved, width = run.row + token * lanes, kept, lanes
+            saved_stop = kept + tokens
+            members.append(LeafRows(run.lanes, start, start + tokens))
+    close()
     return RowMap(tuple(pieces))
 
 
@@ -230,40 +232,45 @@ def backward_reads(reads: Sequence[Read], at: torch.Tensor, chunk: int, merge: b
     members = [LeafRows((r.sequence,), r.position, r.position + 1) for r in reads]
     step = chunk if merge else 1
     stretches = (slice(i, min(len(reads), i + step)) for i in range(0, len(reads), step))
-    return RowMap(tuple(Piece(s, at[s], 1, tuple(members[s])) for s in stretches))
+    # (Of no rows, split makes one part.)
+    parts = zip(stretches, at.split(step), strict=bool(reads))
+    return RowMap(tuple(Piece(s, saved, 1, tuple(members[s])) for s, saved in parts))
 
 
 def backward_queries(
     plan: PackedPlan, backward: BackwardPlan, saved_rows: torch.Tensor
 ) -> QueryTables:
     """The queries of all saved rows, and the lanes of each run."""
-    positions = plan.positions[saved_rows]
-    blocks = (
-        QueryBlock(run.segment, rows, positions[rows], run.lanes, run.row)
-        for run in backward.runs
-        for rows in (slice(run.saved_row, run.saved_row + run.tokens),)
+    runs = backward.runs
+    return QueryTables(
+        plan,
+        plan.positions[saved_rows],
+        [run.segment for run in runs],
+        [run.saved_row for run in runs],
+        [run.tokens for run in runs],
+        backward,
+        [run.lanes for run in runs],
+        [run.row for run in runs],
     )
-    return QueryTables(plan, positions, tuple(blocks), backward)
 
 
 def backward_read_queries(
     plan: PackedPlan, backward: BackwardPlan, reads: Sequence[Read]
 ) -> QueryTables:
     """One query and one lane for each read; `reads` lie by (segment, sequence)."""
-    positions = torch.tensor([r.position for r in reads], dtype=torch.int64)
-    blocks = []
-    start = 0
-    for stop in range(1, len(reads) + 1):
-        first = reads[start]
-        if stop < len(reads) and (reads[stop].segment, reads[stop].sequence) == (
-            first.segment,
-            first.sequence,
-        ):
-            continue
-        rows = slice(start, stop)
-        blocks.append(QueryBlock(first.segment, rows, positions[rows], (first.sequence,), start))
-        start = stop
-    return QueryTables(plan, positions, tuple(blocks), backward)
+    segments, sequences = [r.segment for r in reads], [r.sequence for r in reads]
+    before = zip([-1, *segments], [-1, *sequences], segments, sequences, strict=False)
+    starts = [i for i, (a, b, c, d) in enumerate(before) if a != c or b != d]
+    return QueryTables(
+        plan,
+        column([r.position for r in reads]),
+        [segments[i] for i in starts],
+        starts,
+        [stop - start for start, stop in pairwise([*starts, len(reads)])],
+        backward,
+        [(sequences[i],) for i in starts],
+        starts,
+    )
 
 
 def _chunks(start: int, stop: int, saved_row: int | None, chunk: int) -> Iterator[Piece]:
@@ -273,30 +280,5 @@ def _chunks(start: int, stop: int, saved_row: int | None, chunk: int) -> Iterato
         yield Piece(slice(row, end), None if shift is None else slice(row + shift, end + shift))
 
 
-def _join(first: Piece, second: Piece, chunk: int) -> Piece | None:
-    """Single-lane pieces whose rows and saved rows follow on, as one."""
-    assert isinstance(first.saved, slice) and isinstance(second.saved, slice)
-    if (
-        first.lanes == second.lanes == 1
-        and first.rows.stop == second.rows.start
-        and first.saved.stop == second.saved.start
-        and first.tokens + second.tokens <= chunk
-    ):
-        return Piece(
-            slice(first.rows.start, second.rows.stop),
-            slice(first.saved.start, second.saved.stop),
-            1,
-            (*first.members, *second.members),
-        )
-    return None
-
-
-def _table(width: int, rows: Iterable[tuple[int, ...]]) -> torch.Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64).view(-1, width)
-
-
-def _offsets(lengths: Iterable[int]) -> Iterator[int]:
-    at = 0
-    for length in lengths:
-        yield at
-        at += length
+def _offsets(lengths: Iterable[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))[:-1]

@@ -105,6 +105,7 @@ def fake_library() -> SimpleNamespace:
         AttributionConfig=lambda **options: options,
         Judge=Judge,
         attribute_batch=fake_attribute_batch,
+        check_engine=lambda judge, engine: None,
     )
 
 

@@ -168,7 +168,7 @@ def _products() -> list[Case]:
         (arguments.linear_backward, False),
         (arguments.linear_backward_integers, True),
     ):
-        for rows, width, out in shapes:
+        for rows, width, out in [*shapes, (3, 16, 0)]:
             bound = _bound(make, rows, out, width)
             cases.append(Case("linear_backward", f"{rows}x{out}x{width}", bound, integers))
     sizes = [(0, 1, 16), (1, 1, 16), (3, 0, 16), (5, 3, 48), (17, 8, 80), (2, 33, 208), (70, 2, 64)]

@@ -14,7 +14,8 @@ from tiny_tokenizers import CORPUS, byte_bpe, byte_slow, unigram, wordpiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from g2r_fast.alignment import Alignment, decode_with_spans
+from g2r_fast.alignment import Alignment
+from g2r_fast.decoding import decode_with_spans
 from g2r_fast.errors import InputError
 from g2r_fast.untrusted import UntrustedEncoder
 

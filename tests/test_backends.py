@@ -9,18 +9,23 @@ import pytest
 import torch
 from api_runs import judge_of, run
 from engine_scores import scores
+from fallback_models import model_of
 from patterns import group
 from tiny_models import tiny_model
 
+from g2r_fast import engine as engine_module
 from g2r_fast import native_ops
 from g2r_fast.backends import BACKENDS, Request, choose, describe, native_serves
 from g2r_fast.decoder import FrozenDecoder
-from g2r_fast.engine import PackedEngine
+from g2r_fast.engine import PackedEngine, choose_engine
 from g2r_fast.errors import BackendError, InputError
+from g2r_fast.families import FAMILIES, read_weights
 from g2r_fast.grad2reward import TargetSignal
 from g2r_fast.plan import PackedSequence
 
 SERVED = Request(torch.device("cpu"), torch.float32, hidden=64, intermediate=96, head_dim=16)
+
+GPT2 = "gpt2: learned positions, Conv1D"  # no family of the packed engine
 
 # What native cannot serve, and what it says.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -31,7 +36,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "long heads": ({"head_dim": 272}, "head_dim 272 is not a multiple of 16 up to 256"),
     "hidden": ({"hidden": 40}, "hidden size 40 is not a multiple of 16"),
     "intermediate": ({"intermediate": 100}, "intermediate size 100 is not a multiple of 16"),
-    "layout": ({"contiguous": False}, "a weight is not contiguous in memory"),
+    "layout": (
+        {"scattered": ("model.norm.weight", "lm_head.weight")},
+        "the weight model.norm.weight is not contiguous in memory (and 1 more)",
+    ),
     "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
@@ -111,6 +119,84 @@ def test_the_reference_alone_asks_for_nothing_to_be_built(monkeypatch: pytest.Mo
     scores(model, group())
 
 
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_autograd_engine_is_no_way_around_a_forced_backend(
+    backend: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("G2R_BACKEND", backend)
+    model = model_of(GPT2)
+    with pytest.raises(BackendError) as caught:
+        choose_engine(model, engine)
+    told = str(caught.value)
+    assert f"G2R_BACKEND={backend} cannot serve" in told
+    assert ("no kernel for these operations" in told) == (backend == "triton")
+    assert ("model_type 'gpt2'" if engine == "auto" else "engine='autograd'") in told
+    with pytest.raises(BackendError, match="engine='autograd'"):
+        choose_engine(tiny_model("llama"), "autograd")
+
+
+def test_the_autograd_engine_is_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("G2R_BACKEND", "reference")
+    assert choose_engine(tiny_model("llama"), "autograd").name == "autograd"
+    monkeypatch.setattr(engine_module, "_told", set())
+    with pytest.warns(UserWarning, match="slower autograd engine"):
+        assert choose_engine(model_of(GPT2)).name == "autograd"
+
+
+def test_the_packed_engine_is_not_chosen_for_a_backend_that_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("G2R_BACKEND", "native")
+    with pytest.raises(BackendError, match="head_dim 12"):
+        choose_engine(tiny_model("qwen3"))
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("engine", ["auto", "packed", "autograd"])
+@pytest.mark.parametrize("name", ["G2R_BACKEND", "G2R_BUILD"])
+def test_a_setting_without_meaning_is_told_though_nothing_needs_it(
+    name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "nonsense")
+    with pytest.raises(InputError, match=rf"{name}.*got nonsense"):
+        choose_engine(tiny_model("llama"), engine)
+    with pytest.raises(InputError, match=rf"{name}.*got nonsense"):
+        choose(SERVED)
+
+
+def test_kernels_that_do_not_run_here_are_a_reason_and_stop_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load() -> None:
+        raise InputError("G2R_CPU names no kernels", got="sse9")
+
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.setattr(native_ops, "load", load)
+    assert describe(SERVED)[0].reason == "G2R_CPU names no kernels; got sse9."
+    with pytest.raises(InputError, match="got sse9"):
+        choose(SERVED)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_scattered_have_names(name: str) -> None:
+    model = tiny_model("qwen3")
+    assert read_weights(model).scattered == ()
+    weight = model.get_parameter(name)
+    weight.data = weight.data.mT.contiguous().mT
+    assert read_weights(model).scattered == (name,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_has_the_name_that_the_model_has_for_it(family: str) -> None:
+    model = tiny_model(family)
+    named = dict(read_weights(model)._named())
+    for name, parameter in model.named_parameters():
+        assert named.pop(name).data_ptr() == parameter.data_ptr()
+    # Tied embeddings are one parameter, and two weights.
+    assert set(named) <= {"lm_head.weight"}
+
+
 @pytest.mark.usefixtures("built")
 def test_a_model_is_asked_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", hidden_size=64, head_dim=16)
@@ -119,7 +205,8 @@ def test_a_model_is_asked_for_everything(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decoder.backend(reads_linears=True).refused["native"] == REFUSED["linears"][1]
     up = model.model.layers[1].mlp.up_proj.weight
     up.data = up.data.mT.contiguous().mT
-    assert FrozenDecoder(model).backend().refused["native"] == REFUSED["layout"][1]
+    told = FrozenDecoder(model).backend().refused["native"]
+    assert told == "the weight model.layers.1.mlp.up_proj.weight is not contiguous in memory"
     tiny = FrozenDecoder(tiny_model("llama", dtype=torch.float64)).backend()
     assert tiny.refused["native"].count(";") == 1  # dtype and head_dim
 

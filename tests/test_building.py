@@ -6,6 +6,7 @@ The sources here are a few lines, as what is tested is how they become a library
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def package(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("G2R_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "PACKAGE", folder)
+    monkeypatch.setattr(build_cache, "_told", set())
     return folder
 
 
@@ -200,6 +202,14 @@ def test_never_means_never(package, monkeypatch):
         load(CORE)
 
 
+def test_a_wrong_setting_is_told_though_everything_is_built(package, monkeypatch):
+    assert load(CORE)[1].built
+    monkeypatch.setenv("G2R_BUILD", "maybe")
+    with pytest.raises(InputError, match=r"auto \| never; got maybe"):
+        load(CORE)
+    assert load(CORE, build=False)[1].built, "whoever builds nothing does not read it"
+
+
 def test_whoever_only_looks_builds_nothing(package, monkeypatch):
     monkeypatch.setattr(build_cache, "build", lambda *_: pytest.fail("built"))
     with native.looking_only():
@@ -211,10 +221,50 @@ def test_the_note_of_a_failed_install_is_the_reason(package):
     assert load(CORE, build=False)[1].reason == "no g++ here"
 
 
-def test_a_cache_that_cannot_be_written_is_a_reason(package, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["file/cache", "file", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_is_told_once(place, package, tmp_path, capsys, monkeypatch):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("G2R_CACHE", str(tmp_path / "file" / "cache"))
-    assert "the cache cannot be used" in load(CORE)[1].reason
+    assert build_cache.problem_of_cache(package) is None
+    monkeypatch.setenv("G2R_CACHE", str(tmp_path / place))
+    reason = load(CORE)[1].reason
+    assert "the cache folder cannot be used" in reason and "set G2R_CACHE to a folder" in reason
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("_core", "_cpu_ops", "the reference path runs, slower", "set G2R_CACHE"):
+        assert word in line
+    assert not load(CPU_OPS)[1].built
+    assert capsys.readouterr().err == "", "told twice"
+    problem = build_cache.problem_of_cache(package)
+    assert str(tmp_path / place) in problem and "set G2R_CACHE to a folder" in problem
+
+
+def test_a_lock_that_nobody_gives_back_is_told(package, tmp_path, capsys, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(build_cache, "LOCK_SECONDS", 0.0)
+    path = build_cache.cache_folder(package) / "lock"
+    path.parent.mkdir(parents=True)
+    with open(path, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        reason = load(CORE)[1].reason
+    assert f"another process has held {path}" in reason and "G2R_CACHE" not in reason
+    said = capsys.readouterr().err
+    assert f"another process has held {path}" in said
+    assert "slower, same answers" in said and "other processes may run what is compiled" in said
+    assert load(CORE)[1].built
+
+
+def test_a_folder_without_locks_is_told_by_whoever_compiles(package, capsys, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert load(CORE)[1].built
+    said = capsys.readouterr().err
+    assert said.count("no file locks") == 1 and "slower, with the same answers" in said
+    assert load(CORE)[1].built and capsys.readouterr().err == ""
 
 
 def test_a_home_that_is_nowhere_is_a_reason(package, monkeypatch):

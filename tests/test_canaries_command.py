@@ -107,6 +107,17 @@ def test_the_written_report(
     ]
 
 
+def test_a_wrong_setting_is_no_records_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "load_judge", lambda args: make_judge())
+    monkeypatch.setenv("G2R_BACKEND", "triton")
+    path = write(tmp_path / "in.jsonl", [record("one"), record("two")])
+    assert run(path, "--judge", "x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "G2R_BACKEND=triton cannot serve" in line
+
+
 @pytest.mark.parametrize("responses", [{}, {"responses": []}, {"response": "a real one"}])
 def test_records_need_no_responses(
     responses: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -138,6 +138,32 @@ def test_a_record_the_library_refuses_costs_nothing_else(
     assert [entry["line"] for entry in entries(tmp_path / "out.jsonl")] == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "options"),
+    [
+        ("G2R_BACKEND", "bogus", ()),
+        ("G2R_BACKEND", "triton", ()),
+        ("G2R_BACKEND", "native", ("--engine", "autograd")),
+        ("G2R_BUILD", "nonsense", ()),
+    ],
+)
+def test_a_wrong_setting_is_no_records_fault(
+    name: str,
+    value: str,
+    options: tuple[str, ...],
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path / "in.jsonl", [record(i) for i in range(3)])
+    monkeypatch.setenv(name, value)
+    assert run(*options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line and value in line
+    assert entries(tmp_path / "out.jsonl") == []
+
+
 def test_other_failures_keep_what_is_finished(
     fake: Library, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

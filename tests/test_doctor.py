@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = "import sys; from g2r_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
+with native.looking_only():
+    needs_kernels = pytest.mark.skipif(
+        native_ops.load() is not None, reason="the CPU kernels are not built here"
+    )
+
+
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     for name in doctor.SETTINGS:
@@ -120,6 +126,20 @@ def test_what_is_missing_comes_with_what_to_do(nothing_built, builds_nothing, ca
     assert all("install a C++ compiler" in part["remedy"] for part in report["parts"])
 
 
+def test_a_cache_that_cannot_be_written_is_what_to_mend(
+    nothing_built, builds_nothing, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("G2R_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(doctor, "find_compiler", lambda: ["true"])
+    for part in doctor.examine()["parts"]:
+        assert str(tmp_path / "file") in part["remedy"] and "set G2R_CACHE" in part["remedy"]
+        assert "g2r-fast build" not in part["remedy"]
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
+    for part in doctor.examine()["parts"]:
+        assert "install a C++ compiler" in part["remedy"] and "set G2R_CACHE" in part["remedy"]
+
+
 def test_a_remembered_failure_is_told(nothing_built, builds_nothing, monkeypatch):
     monkeypatch.setattr(doctor, "remembered_failure", lambda part, package: f"no {part.name} today")
     if building.find_compiler() is not None:
@@ -164,6 +184,48 @@ def test_forcing_what_serves_is_no_problem():
         assert [c["backend"] for c in row["candidates"] if c["used"]] == ["reference"]
     used = [table["name"] for table in report["kernels"] if table["used"]]
     assert used == (["plain"] if report["kernels"] else [])
+
+
+STOPPED = """
+from g2r_fast import doctor, native_ops
+from g2r_fast.errors import InputError
+before = doctor.examine()
+try:
+    native_ops.load()
+except InputError as error:
+    print(error)
+assert doctor.examine() == before
+"""
+
+
+@needs_kernels
+def test_kernels_that_do_not_run_here_are_not_replaced_by_looking():
+    done = command("doctor", "--json", G2R_CPU="sse9")
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["problems"]) == 1 and report["kernels"] == []
+    assert all(part["path"] for part in report["parts"]), "what is built is built"
+    (row,) = (r for r in report["backends"] if (r["device"], r["dtype"]) == ("cpu", "float32"))
+    assert not any(candidate["used"] for candidate in row["candidates"])
+    reasons = {candidate["backend"]: candidate["reason"] for candidate in row["candidates"]}
+    assert "G2R_CPU names no kernels" in reasons["native"] and "got sse9" in reasons["native"]
+    assert reasons["reference"] == "a wrong setting stops such a run"
+
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"G2R_CPU": "sse9"},
+    )
+    assert done.returncode == 0 and "got sse9" in done.stdout, done.stdout + done.stderr
+
+
+def test_build_refuses_a_wrong_setting(capsys, monkeypatch, builds_nothing):
+    monkeypatch.setenv("G2R_BUILD", "maybe")
+    assert cli.main(["build"]) == 2
+    assert "expected auto | never; got maybe" in capsys.readouterr().err
 
 
 def test_build_says_where_and_how_long(nothing_built, capsys, monkeypatch):

@@ -1,29 +1,29 @@
-"""The packed engine on the native kernels, whole models, by the rules of test_engine.py."""
+"""The packed engine on the native kernels, whole models, by the rules of engine_scores.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from engine_scores import (
-    FLOAT32,
+    bfloat16_wrong,
+    float32_wrong,
     many_sequences,
     reference_scores,
-    rms_error,
     scores,
+    sizes,
     stock_loop,
 )
 from engine_signals import record
-from patterns import PATTERNS, group
+from native_calls import threads
+from patterns import PATTERNS, Batch, group
 from tiny_models import FAMILIES, VARIANTS, tiny_model, tiny_variant
-from torch import Tensor
 
 from g2r_fast import native_ops
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.plan import PackedPlan, PackedSequence
-from g2r_fast.reference import relative_error
 
 # The smallest that native kernels take.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -38,35 +38,32 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("G2R_BACKEND", "native")
 
 
-def error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Over the whole batch: in a span of one token the sum of g times e may nearly cancel, and
-    then the rounding of any order of float32 additions is large beside it."""
-    return float(relative_error(torch.cat(list(actual)), torch.cat(list(expected))))
+def wrong(model: Any, batch: Batch, readout: str = "dot") -> str | None:
+    """By the rule of the model's dtype, against the float64 reference and the stock loop."""
+    found = scores(model, batch, readout=readout)
+    truth, loop = reference_scores(model, batch, readout), stock_loop(model, batch, readout)
+    if model.dtype == torch.bfloat16:
+        return bfloat16_wrong(found, loop, truth)
+    return float32_wrong(found, loop, truth, sizes(model, batch, readout))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family: str, pattern: str) -> None:
     model, batch = tiny_model(family, **SIZES), PATTERNS[pattern]()
-    assert error(scores(model, batch), reference_scores(model, batch)) <= FLOAT32
+    assert wrong(model, batch) is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant(variant: str) -> None:
     model = tiny_variant(variant, **SIZES)
     for readout in ("dot", "l1", "l2"):
-        expected = reference_scores(model, group(), readout)
-        assert error(scores(model, group(), readout=readout), expected) <= FLOAT32
+        assert wrong(model, group(), readout) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_as_the_plain_loop(family: str) -> None:
-    model = tiny_model(family, dtype=torch.bfloat16, **SIZES)
-    batch = many_sequences()
-    truth = reference_scores(model, batch)
-    loop = rms_error(stock_loop(model, batch), truth)
-    assert 1e-3 < loop < 0.2, "the loop is no yardstick here"
-    assert rms_error(scores(model, batch), truth) <= 2 * loop
+    assert wrong(tiny_model(family, dtype=torch.bfloat16, **SIZES), many_sequences()) is None
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "plain"])
@@ -83,26 +80,30 @@ def kernels(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_table_of_kernels(family: str, kernels: str) -> None:
-    model = tiny_model(family, **SIZES)
-    assert str(FrozenDecoder(model).backend()) == f"native: {kernels}"
-    assert error(scores(model, group()), reference_scores(model, group())) <= FLOAT32
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(family, dtype=dtype, **SIZES)
+        assert str(FrozenDecoder(model).backend()) == f"native: {kernels}"
+        assert wrong(model, many_sequences()) is None
 
 
+# With these and a batch of six to nine sequences, torch's own product of the LM head's gradients
+# differs between one and two threads.
+ODD: dict[str, Any] = {**SIZES, "hidden_size": 48, "intermediate_size": 80, "vocab_size": 301}
+
+
+@pytest.mark.parametrize("shape", [SIZES, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_runs_are_equal_to_the_bit_on_any_number_of_threads(
-    family: str, dtype: torch.dtype
+    family: str, dtype: torch.dtype, shape: dict[str, Any]
 ) -> None:
-    model, batch = tiny_model(family, dtype=dtype, **SIZES), many_sequences()
-    once = scores(model, batch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        again = scores(model, batch)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(once, again, strict=True):
-        assert torch.equal(a, b)
+    model = tiny_model(family, dtype=dtype, **shape)
+    for batch in (many_sequences(), group(), PATTERNS["responses_share_a_beginning"]()):
+        once = scores(model, batch)
+        for count in (1, 2, 3):
+            with threads(count):
+                for a, b in zip(scores(model, batch), once, strict=True):
+                    assert torch.equal(a, b), f"{count} threads"
 
 
 def test_twins_are_equal_to_the_bit() -> None:
@@ -115,18 +116,26 @@ def test_twins_are_equal_to_the_bit() -> None:
 def test_any_reads_and_any_leaf(
     reads: tuple[int, ...], leaf: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reads in front of the attributed tokens, several of a sequence, rows read by several."""
-    model, batch = tiny_model("qwen3", **SIZES), group()
-    native = record(model, batch, reads, leaf=leaf)
+    """Reads in front of the attributed tokens, several of a sequence, rows read by several.
+
+    The yardstick is the same engine in plain PyTorch, as no loop keeps what a signal is shown.
+    """
+    batch = group()
+    native = record(tiny_model("qwen3", **SIZES), batch, reads, leaf=leaf)
     monkeypatch.setenv("G2R_BACKEND", "reference")
-    expected = record(model, batch, reads, leaf=leaf)
-    assert native.leaves.keys() == expected.leaves.keys()
+    eager = record(tiny_model("qwen3", **SIZES), batch, reads, leaf=leaf)
+    wide = tiny_model("qwen3", dtype=torch.float64, **SIZES)
+    truth = record(wide, batch, reads, leaf=leaf)
+    assert native.leaves.keys() == eager.leaves.keys() == truth.leaves.keys()
     for which in (0, 1):
-        actual, wanted = (
-            torch.stack([found.leaves[at][which] for at in expected.leaves])
-            for found in (native, expected)
+        ours, loop, exact = (
+            # A sequence's tokens together: of one alone the eager engine is right by luck.
+            [torch.cat([x.leaves[at][which] for at in truth.leaves if at[0] == i]) for i in lanes]
+            for x in (native, eager, truth)
+            for lanes in [sorted({sequence for sequence, _ in truth.leaves})]
         )
-        assert relative_error(actual, wanted) <= FLOAT32
+        size = [float(x.norm()) for x in exact]
+        assert float32_wrong(ours, loop, exact, size) is None, ("values", "grads")[which]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from g2r_fast import native, planner
+from g2r_fast import native, planner, tables
 from g2r_fast.errors import InputTypeError
 from g2r_fast.plan import PackedPlan, PackedSequence, Read, micro_batches
 
@@ -267,6 +267,87 @@ def test_long_shared_prompts_and_many_reads() -> None:
         start = ids.randrange(length + 1)
         sequences.append(PackedSequence(prompt + response, start, tuple(range(start, length))))
     assert columns_of(sequences) == in_python(columns_of, sequences)
+
+
+@given(batches(), st.integers(1, 12), st.booleans(), st.data())
+@settings(max_examples=200, deadline=None)
+@example(SHARING["prompt"], 4, True, None)
+@example(SHARING["chain"], 12, True, None)
+def test_tables_against_their_definition(
+    sequences: list[PackedSequence], chunk: int, merge: bool, data: st.DataObject | None
+) -> None:
+    """Row by row from the segments; also where only some sequences come back."""
+    plan = PackedPlan.build(sequences)
+    every = list(range(len(sequences)))
+    chosen = every if data is None else [i for i in every if data.draw(st.booleans())]
+    saved = {
+        s.row + t: s.saved_row + t
+        for s in plan.segments
+        if s.saved_row is not None
+        for t in range(len(s))
+    }
+    forward = tables.forward_rows(plan, chunk)
+    assert forward.index.dtype == torch.int32
+    assert forward.index.tolist() == [saved.get(row, -1) for row in range(plan.rows)]
+
+    backward = plan.backward(chosen)
+    rank = {s: i for i, s in enumerate(sorted(every, key=lambda i: (sequences[i].input_ids, i)))}
+    back = [
+        (index, segment.start + t, saved[segment.row + t], lane)
+        for index, segment in enumerate(plan.segments)
+        for t in range(len(segment))
+        for lane in segment.live
+        if lane in chosen
+    ]
+    rows = tables.backward_rows(plan, backward, chunk, merge)
+    assert rows.index.tolist() == [kept for _, _, kept, _ in back]
+    assert [
+        (position, lane)
+        for piece in rows.pieces
+        for whose in piece.members
+        for position in range(whose.start, whose.stop)
+        for lane in whose.lanes
+    ] == [(position, lane) for _, position, _, lane in back]
+    for piece in rows.pieces:
+        assert len(range(*piece.rows.indices(len(back)))) <= max(chunk, piece.lanes)
+
+    queries = tables.backward_queries(plan, backward, torch.tensor(list(saved), dtype=torch.int64))
+    assert torch.equal(queries.block_lanes, queries.run_lanes)
+    lanes, spelled = queries.run_lanes.tolist(), []
+    for block, run in zip(queries.backward_blocks.tolist(), queries.runs.tolist(), strict=True):
+        segment, first, tokens, offset, count = run
+        start, stop, row, _ = queries.segments[segment].tolist()
+        assert block == [segment, saved[row], tokens, first, offset, count]
+        assert (first, tokens) == (len(spelled), stop - start)
+        for t in range(tokens):
+            spelled += [(segment, start + t, lane) for lane in lanes[offset : offset + count]]
+    assert spelled == [(segment, position, rank[lane]) for segment, position, _, lane in back]
+    for block in queries.blocks:
+        segment, run = plan.segments[block.segment], backward.by_segment[block.segment]
+        assert block.positions.tolist() == list(range(segment.start, segment.stop))
+        assert (block.lanes, block.row) == (run.lanes, run.row)
+
+    read = tables.forward_read_queries(plan)
+    assert read.forward_blocks.tolist() == [
+        [i, plan.read_rows.index(inside[0]), len(inside)]
+        for i, inside in enumerate(map(plan.read_rows_in, plan.segments))
+        if inside
+    ]
+    assert read.positions.tolist() == [plan.positions[row] for row in plan.read_rows]
+
+    reads = sorted(plan.reads, key=lambda r: (r.segment, r.sequence))
+    entering = tables.backward_read_queries(plan, backward, reads)
+    found = []
+    for block, (segment, _, _, first, offset, count) in zip(
+        entering.blocks, entering.backward_blocks.tolist(), strict=True
+    ):
+        (lane,) = block.lanes
+        assert (segment, first, count) == (block.segment, block.row, 1)
+        assert entering.block_lanes[offset] == rank[lane]
+        found += [(segment, lane, position) for position in block.positions.tolist()]
+    assert found == [(r.segment, r.sequence, r.position) for r in reads]
+    at = torch.arange(len(reads)).flip(0)
+    assert tables.backward_reads(reads, at, chunk, merge).index.tolist() == at.tolist()
 
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")

@@ -6,6 +6,8 @@
 // of the standard library: the linker could keep the copy that only a newer processor can run.
 #pragma once
 
+#include <stdlib.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -226,12 +228,20 @@ inline Arena& arena() {
 class Scratch {
  public:
     explicit Scratch(i64 bytes) : bytes_(round_up(bytes, kLine) + kLine) {
-#if !G2R_EXACT_SCRATCH
+#if G2R_EXACT_SCRATCH  // not one byte more, for tests that look for overruns
+        void* exact = nullptr;
+        if (posix_memalign(&exact, kLine, size_t(larger<i64>(bytes, 1))) == 0)
+            data_ = static_cast<char*>(exact);
+#else
         data_ = arena().take(bytes_);
         taken_ = data_ != nullptr;
+        if (!taken_) data_ = static_cast<char*>(__builtin_malloc(size_t(bytes_)));
 #endif
-        if (data_ == nullptr) data_ = static_cast<char*>(__builtin_malloc(size_t(bytes + kLine)));
-        if (data_ == nullptr) out_of_memory(bytes);
+        if (data_ != nullptr) return;
+#if !G2R_EXACT_SCRATCH
+        arena().give_back(bytes_, false);
+#endif
+        out_of_memory(bytes);
     }
     ~Scratch() {
         if (!taken_) __builtin_free(data_);

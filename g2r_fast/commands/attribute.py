@@ -29,6 +29,7 @@ from .common import (
     add_command,
     add_judge_options,
     add_method_options,
+    check_engine,
     complain,
     load_judge,
     positive,
@@ -235,6 +236,7 @@ def _api() -> Any:
         AttributionConfig=AttributionConfig,
         Judge=Judge,
         attribute_batch=attribute_batch,
+        check_engine=check_engine,
     )
 
 
@@ -304,6 +306,7 @@ class _Calls:
         except (InputError, InputTypeError) as error:
             raise UsageError(str(error)) from error
         self.judge = load_judge(args, api.Judge)
+        api.check_engine(self.judge, args.engine)
 
     def attribute(self, batch: list[Record]) -> Iterator[tuple[Record, Any]]:
         """Each record with its AttributionBatch, or with the reason why it has none.

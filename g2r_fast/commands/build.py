@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from .common import UsageError
+
 __all__ = ["add_to"]
 
 
@@ -30,7 +32,12 @@ def _build(args: argparse.Namespace) -> int:
     from .. import native
     from ..build_cache import build_in_cache, cached_path, last_output
     from ..building import PARTS
+    from ..errors import InputError
 
+    try:
+        native.may_build()  # `never` is for first uses; what is no value at all is a mistake
+    except InputError as error:
+        raise UsageError(str(error)) from error
     parts = [part for part in PARTS if args.force or not native.status(part.name).built]
     for part in PARTS:
         if part not in parts:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, InputTypeError, UnsupportedModelError
+from ..errors import InputError, InputTypeError
 from ..records import BadRecord, Record, read_records
 from .common import (
     Progress,
@@ -97,7 +97,7 @@ def _canaries(args: argparse.Namespace) -> int:
     judge = load_judge(args)
     try:
         run = CanaryRun(judge, engine=args.engine, max_tokens=args.max_tokens)
-    except UnsupportedModelError as error:
+    except InputError as error:  # --engine or a G2R_ variable; no record is known yet
         raise UsageError(str(error)) from error
     lines: list[int] = []
     with Progress(len(records), sys.stderr.isatty()) as progress:

@@ -18,6 +18,7 @@ __all__ = [
     "add_command",
     "add_judge_options",
     "add_method_options",
+    "check_engine",
     "complain",
     "load_judge",
     "positive",
@@ -175,6 +176,20 @@ def load_judge(args: argparse.Namespace, kind: Any = None) -> Any:
         return judge
     except (OSError, ValueError, RuntimeError) as error:  # hub, paths, dtypes, devices
         raise UsageError(f"cannot load the judge {args.judge!r}: {error}") from error
+
+
+def check_engine(judge: Any, engine: str) -> None:
+    """Raises UsageError where `--engine` or a setting (`G2R_BACKEND`, `G2R_CPU`, `G2R_BUILD`) rules
+    the judge out: no record can mend that, and so it is no record's fault.
+    """
+    from ..engine import choose_engine
+    from ..errors import InputError
+
+    try:
+        with judge.configured():
+            choose_engine(judge.model, engine)
+    except InputError as error:
+        raise UsageError(str(error)) from error
 
 
 class Progress:

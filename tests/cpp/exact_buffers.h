@@ -1,6 +1,7 @@
 // Buffers that end where they are said to, and what the tests of the kernels fill them with.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

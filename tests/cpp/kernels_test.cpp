@@ -2,31 +2,14 @@
 // for the address and undefined-behaviour sanitizers. Where the answer is an integer it is compared
 // with a loop that is written from the definition.
 //
-//   kernels_test TABLE     0: passed, 1: failed, 77: this processor has no such table
+//   kernels_test TABLE [large]     0: passed, 1: failed, 77: this processor has no such table
 #include "attention_test.h"
+#include "linear_test.h"
+#include "threads.h"
 
 namespace {
 
 using namespace kernels_test;
-
-void test_linear(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, int64_t in, int64_t out) {
-    const Stored x(dtype, rows * in), weight(dtype, out * in), bias(dtype, out);
-    const Buffer<float> y(rows * out);
-    integers(x, 4);
-    integers(weight, 4);
-    integers(bias, 9);
-    const bool with_bias = draw(0, 1) != 0;
-    kernels.linear_forward(
-        {dtype, rows, x.get(), linear_of(weight, with_bias ? &bias : nullptr, out, in), y.get()});
-    bool equal = true;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t n = 0; n < out; ++n) {
-            float sum = with_bias ? bias[n] : 0.0f;
-            for (int64_t k = 0; k < in; ++k) sum += x[r * in + k] * weight[n * in + k];
-            equal = equal && y[r * out + n] == sum;
-        }
-    check(equal, "a product", "linear_forward");
-}
 
 void test_embedding_scores(const g2r::Kernels& kernels, int64_t rows, int64_t lanes,
                            int64_t width) {
@@ -321,6 +304,45 @@ void test_qkv_backward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, c
     check(equal, "a gradient", "qkv_backward");
 }
 
+void test_dense(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
+                int64_t kept, bool norms, bool queries, bool keys) {
+    test_qkv_forward(kernels, dtype, rows, s, norms, queries, draw(0, 1) ? kept : 0);
+    test_qkv_backward(kernels, dtype, rows, s, norms, queries || !keys, keys, kept);
+    test_mlp_forward(kernels, dtype, rows, s, rows % 3, kept);
+    test_mlp_backward(kernels, dtype, rows, s, kept);
+    test_linear(kernels, dtype, rows, s.hidden, draw(1, 150));
+    test_linear_backward(kernels, dtype, rows, s.hidden, draw(1, 150));
+}
+
+// Beyond what a product takes at once of a sum (512) and a stage of its width (1024), and segments
+// of several tiles of queries and of keys.
+void test_large(const g2r::Kernels& kernels, Dtype dtype) {
+    const Sizes wide{528, 2, 1, 16, 1104};
+    test_dense(kernels, dtype, 13, wide, 5, true, true, true);
+    const Sizes heads{16, 40, 5, 16, 32};  // wider together than a sum
+    test_qkv_backward(kernels, dtype, 7, heads, true, true, true, 4);
+    test_mlp_forward(kernels, dtype, 7, heads, 0, 4);
+    test_linear(kernels, dtype, 7, wide.hidden, wide.width);
+    test_linear_backward(kernels, dtype, 7, 16, wide.width);
+    test_linear_backward(kernels, dtype, 3, 16, 0);
+    for (int64_t window : {0, 1, 70})
+        test_attention(kernels, dtype, {32, 2, 1, 16, 32}, window, 0.0f, 300);
+}
+
+// With rows enough, every one of three threads takes rows of its own through a stage.
+void test_threads(const g2r::Kernels& kernels, Dtype dtype) {
+    const ThreePool three;
+    const Sizes s{48, 2, 1, 32, 80};
+    for (int64_t rows : {1, 7, 37, 260})
+        test_dense(kernels, dtype, rows, s, rows, true, true, true);
+    const Sizes narrow{16, 1, 1, 16, 16};
+    test_dense(kernels, dtype, 800, narrow, 300, true, true, true);
+    for (int64_t window : {0, 1, 5})
+        test_attention(kernels, dtype, {48, 4, 2, 16, 80}, window, 0.0f, 40);
+    test_embedding_scores(kernels, 37, 3, 48);
+    test_attribution_rewards(kernels, 40, true);
+}
+
 void test_all(const g2r::Kernels& kernels, Dtype dtype) {
     const Sizes sizes[] = {{16, 1, 1, 16, 16},  {48, 2, 1, 32, 80},  {80, 4, 1, 16, 112},
                            {112, 2, 2, 48, 48}, {64, 3, 1, 80, 208}, {32, 2, 2, 128, 32}};
@@ -329,11 +351,7 @@ void test_all(const g2r::Kernels& kernels, Dtype dtype) {
         for (int64_t n : rows) {
             const int64_t kept = draw(1, n);
             const bool norms = draw(0, 1) != 0, queries = draw(0, 3) != 0, keys = draw(0, 3) != 0;
-            test_qkv_forward(kernels, dtype, n, s, norms, queries, draw(0, 1) ? kept : 0);
-            test_qkv_backward(kernels, dtype, n, s, norms, queries || !keys, keys, kept);
-            test_mlp_forward(kernels, dtype, n, s, n % 3, kept);
-            test_mlp_backward(kernels, dtype, n, s, kept);
-            test_linear(kernels, dtype, n, s.hidden, draw(1, 150));
+            test_dense(kernels, dtype, n, s, kept, norms, queries, keys);
         }
         for (int64_t window : {0, 1, 3, 1000})
             for (int64_t longest : {1, 7, 40})
@@ -349,11 +367,18 @@ void test_all(const g2r::Kernels& kernels, Dtype dtype) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 2) return 2;
+    const bool large = argc == 3 && std::strcmp(argv[2], "large") == 0;
+    if (argc != 2 && !large) return 2;
     const g2r::Kernels* kernels = g2r::find_kernels(argv[1]);
     if (kernels == nullptr) return 77;
-    test_all(*kernels, Dtype::f32);
-    test_all(*kernels, Dtype::bf16);
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+        if (large) {
+            test_large(*kernels, dtype);
+        } else {
+            test_all(*kernels, dtype);
+            test_threads(*kernels, dtype);
+        }
+    }
     if (failures == 0) std::printf("%s: passed\n", argv[1]);
     return failures == 0 ? 0 : 1;
 }
