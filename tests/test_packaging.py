@@ -35,7 +35,7 @@ NO_KERNELS = """
 #include "kernels.h"
 namespace g2r {
 const Kernels& NAME_kernels() {
-    static const Kernels none{"NAME", false, 0, 0, 0, 0, 0, 0, 0, 0};
+    static const Kernels none{"NAME"};
     return none;
 }
 }  // namespace g2r
