@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().with_name("g2r_fast")
 
 def load_building():
     """g2r_fast/building.py by its path: the package may need what is not installed yet."""
+    sys.dont_write_bytecode = True  # nothing of ours is left in the sources
     name = "g2r_fast_building"
     spec = importlib.util.spec_from_file_location(name, PACKAGE / "building.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
