@@ -3,6 +3,8 @@
 #   make demo            attribute the example file with the tiny judge, and compare with the loop
 #   make test            everything that CI runs
 #   make bench           the CPU benchmarks, in full
+#   make gpu             build, tests, compute-sanitizer and benchmarks on an NVIDIA GPU; by PYTHON and its
+#                        own torch, with no network and no virtual environment
 #   make lint            formatting, lint and types
 #   make compile-only    every Triton kernel for every GPU generation, without a GPU
 #   make format          rewrite the sources in the house format
@@ -10,7 +12,8 @@
 #
 # Variables: PYTHON (the interpreter to start from), VENV (where to set up), TORCH (what pip is told to
 # install as torch, options included; by default a CPU build, as a bare "torch" brings gigabytes of
-# CUDA). A torch that is in VENV already is left alone.
+# CUDA). A torch that is in VENV already is left alone. Of `make gpu`: PARTS (build,tests,sanitize,bench
+# or sweep), RESULTS (the folder for results files and logs), MINUTES (of the benchmarks).
 
 VENV ?= .venv
 # The first that is new enough. ("true" last: make takes an exit status of 127 for no output at all.)
@@ -18,16 +21,19 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; \
 	done; true)
 TORCH ?=
+PARTS ?= build,tests,sanitize,bench
+RESULTS ?= bench/results
+MINUTES ?= 6
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h bench/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* tests/cpp/*.cpp tests/cpp/*.h bench/*.cpp)
 CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench lint compile-only format clean setup
+.PHONY: demo test bench gpu lint compile-only format clean setup
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -40,6 +46,9 @@ test: lint compile-only
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q
+
+gpu:
+	$(or $(PYTHON),false) -m bench.gpu --parts "$(PARTS)" --results "$(RESULTS)" --minutes "$(MINUTES)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

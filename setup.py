@@ -28,7 +28,7 @@ def load_building():
 
 
 building = load_building()
-PARTS = {f"g2r_fast.{part.name}": part for part in building.PARTS}
+PARTS = {f"g2r_fast.{part.name}": part for part in building.parts_here()}
 
 
 class BuildNative(build_ext):
@@ -83,7 +83,15 @@ setup(
     package_dir={"g2r_fast.kernels": "kernels", "g2r_fast.csrc": "csrc"},
     package_data={
         "g2r_fast": ["py.typed", "tiny_judge/*", "report_page/*"],
-        "g2r_fast.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],
+        "g2r_fast.csrc": [
+            "*.cpp",
+            "*.h",
+            "cpu/*.cpp",
+            "cpu/*.h",
+            "cuda/*.cu",
+            "cuda/*.cuh",
+            "cuda/*.h",
+        ],
     },
     include_package_data=False,
     ext_modules=[
@@ -91,8 +99,7 @@ setup(
             name,
             sources=[
                 str(path.relative_to(PACKAGE.parent))
-                for path in part.files(PACKAGE.parent / "csrc")
-                if path.suffix == ".cpp"
+                for path in part.sources(PACKAGE.parent / "csrc")
             ],
             language="c++",
             optional=True,  # setuptools then does not look for a library that was left out

@@ -94,7 +94,7 @@ class RequiredFlops:
 
 def judgements_of(workload: Workload) -> list[Judgement]:
     return [
-        Judgement(workload.sequence(i, k).tolist(), workload.span(i).start, workload.is_true(i, k))
+        Judgement(workload.sequence_ids(i, k), workload.span(i).start, workload.is_true(i, k))
         for i, k in workload.judgements
     ]
 

@@ -28,7 +28,7 @@ def ours(model: PreTrainedModel, workload: Workload) -> tuple[list[Tensor | None
     """
     spans = [(workload.span(i).start, workload.span(i).stop) for i, _ in workload.judgements]
     sequences = [
-        PackedSequence(workload.sequence(i, k).tolist(), workload.span(i).start)
+        PackedSequence(workload.sequence_ids(i, k), workload.span(i).start)
         for i, k in workload.judgements
     ]
     other_id = (workload.target_id + 1) % model.config.vocab_size  # log p does not read it
@@ -42,7 +42,9 @@ def ours(model: PreTrainedModel, workload: Workload) -> tuple[list[Tensor | None
         model.device,
     )
     PackedEngine(model).run(sequences, signal)
-    scores = [signal.scores(j) if true else None for j, true in enumerate(workload.true_mask)]
+    chosen = [j for j, true in enumerate(workload.true_mask) if true]
+    found = dict(zip(chosen, signal.all_scores(chosen), strict=True))
+    scores = [found.get(j) for j in range(len(sequences))]
     return scores, torch.tensor([signal.logps[j] for j in range(len(sequences))])
 
 

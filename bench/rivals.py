@@ -28,6 +28,7 @@ from bench.cached import (
     tuned_cached_loop,
 )
 from bench.ours import ours, ours_reference
+from bench.packed import packed_cached_loop, packed_loop
 from bench.workload import SPECIAL_IDS, Workload
 
 __all__ = ["RIVALS", "Answer", "Passes", "Rival", "Unavailable"]
@@ -55,6 +56,7 @@ class Rival:
     run: Callable[[PreTrainedModel, Workload], Answer]
     passes: Callable[[Workload], Passes]
     slow: bool = False  # gets fewer repetitions
+    gpu: bool = False  # made for GPUs: on a CPU its answers are tested, and it is not measured
 
 
 def _log_probability(logits: Tensor, workload: Workload) -> Tensor:
@@ -90,7 +92,7 @@ def prompt_cached_loop(model: PreTrainedModel, workload: Workload) -> Answer:
     for i, k in workload.judgements:
         ids = torch.cat([workload.responses[i], workload.tails[k]])
         embeds = model.get_input_embeddings()(ids[None]).requires_grad_()
-        with grouped_query_sdpa():
+        with grouped_query_sdpa(model):
             logits = model(
                 inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True, logits_to_keep=1
             ).logits
@@ -142,12 +144,14 @@ def padded(model: PreTrainedModel, workload: Workload, batch_size: int = 8) -> A
         sequences = [workload.sequence(i, k) for i, k in batch]
         lengths = torch.tensor([len(ids) for ids in sequences])
         ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        lengths = lengths.to(ids.device)
+        rows = torch.arange(len(batch), device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         embeds = model.get_input_embeddings()(ids).requires_grad_()
         hidden = model.model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        logits = model.lm_head(hidden[torch.arange(len(batch)), lengths - 1])
+        logits = model.lm_head(hidden[rows, lengths - 1])
         logp = torch.log_softmax(logits.float(), -1)[:, workload.target_id]
         logps.append(logp.detach())
         chosen = [row for row, (i, k) in enumerate(batch) if workload.is_true(i, k)]
@@ -317,6 +321,13 @@ RIVALS: dict[str, Rival] = {
     "cached_loop": Rival("cached loop", cached_loop, _batched_cached_passes),
     "tuned_cached_loop": Rival(
         "cached loop, the model's inside swapped", tuned_cached_loop, _batched_cached_passes
+    ),
+    "packed_loop": Rival("packed loop, varlen flash", packed_loop, _judgement_passes, gpu=True),
+    "packed_cached_loop": Rival(
+        "packed cached loop, the model's inside swapped",
+        packed_cached_loop,
+        _batched_cached_passes,
+        gpu=True,
     ),
     "slow_loop": Rival("slow loop", slow_loop, _slow_passes, slow=True),
     "padded": Rival("padded, batches of 8", padded, _padded_passes, slow=True),

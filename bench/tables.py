@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.facts import RESULTS
 from bench.rivals import RIVALS
-from bench.scenarios import SCENARIOS
+from bench.scenarios import GPU_SCENARIOS, SCENARIOS
 
 __all__ = [
     "documents",
@@ -34,6 +34,7 @@ __all__ = [
 
 DOCUMENTS = ("README.md", "bench/README.md")
 NOT_RUN = "not run"
+GPU_RESULTS = "gpu"
 
 
 def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:
@@ -97,8 +98,8 @@ def _peak(result: dict[str, Any]) -> str:
 
 
 def result_name(scenario: str) -> str:
-    """Of a scenario's file in bench/results, without its ending."""
-    return f"grad2reward-{scenario}"
+    """Of a scenario's file in bench/results, without its ending; one holds all of a GPU."""
+    return GPU_RESULTS if scenario in GPU_SCENARIOS else f"grad2reward-{scenario}"
 
 
 def results_of(name: str) -> dict[str, Any] | None:
@@ -106,8 +107,9 @@ def results_of(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{result_name(name)}.json"
     if not path.is_file():
         return None
-    (found,) = json.loads(path.read_text(encoding="utf-8"))["scenarios"].values()
-    return dict(found)
+    scenarios = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
+    found = scenarios.get(name, {})
+    return dict(found) if "rivals" in found else None
 
 
 Cell = Callable[[dict[str, Any]], str]
@@ -125,6 +127,14 @@ def _share(rival: str) -> Cell:
     def cell(result: dict[str, Any]) -> str:
         share = result["rivals"].get(rival, {}).get("share_of_peak")
         return NOT_RUN if share is None else f"{share * 100:.0f} %"
+
+    return cell
+
+
+def _seconds(rival: str) -> Cell:
+    def cell(result: dict[str, Any]) -> str:
+        seconds = result["rivals"].get(rival, {}).get("median_seconds")
+        return NOT_RUN if seconds is None else f"{seconds * 1e3:.0f} ms"
 
     return cell
 
@@ -167,6 +177,20 @@ _TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {
             "loop": _share("loop"),
         },
     ),
+    "gpu speed": (
+        tuple(GPU_SCENARIOS),
+        {
+            "g2r_fast": _seconds("ours"),
+            "of the matrix rate": _share("ours"),
+            "loop": _times_ours("loop"),
+            "cached loop": _times_ours("cached_loop"),
+            "packed loop": _times_ours("packed_loop"),
+            "packed cached loop": _times_ours("packed_cached_loop"),
+            "slow loop": _times_ours("slow_loop"),
+            "padded batches of 8": _times_ours("padded"),
+            "our PyTorch path": _times_ours("ours_reference"),
+        },
+    ),
 }
 
 
@@ -179,14 +203,14 @@ def render(name: str) -> str:
     rows = {s: row for s, row in rows.items() if set(row) != {NOT_RUN}}
     used = [i for i in range(len(columns)) if any(row[i] != NOT_RUN for row in rows.values())]
     heads = list(columns)
-    files = " ".join(f"bench/results/{result_name(s)}.json" for s in rows)
+    files = " ".join(dict.fromkeys(f"bench/results/{result_name(s)}.json" for s in rows))
     lines = [
         f'<!-- from {files or "no results yet"}; table "{name}" of bench/tables.py -->',
         "| " + " | ".join(["", *(heads[i] for i in used)]).lstrip() + " |",
         "|---" * (1 + len(used)) + "|",
     ]
     for scenario, row in rows.items():
-        cells = [SCENARIOS[scenario].label, *(row[i] for i in used)]
+        cells = [(SCENARIOS | GPU_SCENARIOS)[scenario].label, *(row[i] for i in used)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 def saved_bytes(model: PreTrainedModel, rows: int) -> int:
     """Bytes the stock model keeps for one sequence of `rows` tokens, all with gradient."""
-    ids = torch.randint(model.config.vocab_size, (1, rows))
+    ids = torch.randint(model.config.vocab_size, (1, rows), device=model.device)
     embeds = model.get_input_embeddings()(ids).requires_grad_()
     with SavedBytes(model) as saved:
         logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits
@@ -67,15 +67,22 @@ def saved_bytes(model: PreTrainedModel, rows: int) -> int:
     return saved.total
 
 
-def stock_bytes_per_row_and_layer(name: str, dtype: torch.dtype, rows: int) -> float:
-    one, two = (build_model(name, dtype=dtype, layers=layers) for layers in (1, 2))
+Device = str | torch.device
+
+
+def stock_bytes_per_row_and_layer(
+    name: str, dtype: torch.dtype, rows: int, device: Device = "cpu"
+) -> float:
+    one, two = (build_model(name, dtype=dtype, layers=n, device=device) for n in (1, 2))
     return (saved_bytes(two, rows) - saved_bytes(one, rows)) / rows
 
 
-def our_bytes_per_row_and_layer(name: str, dtype: torch.dtype, rows: int) -> float:
+def our_bytes_per_row_and_layer(
+    name: str, dtype: torch.dtype, rows: int, device: Device = "cpu"
+) -> float:
     """Three layers less two: the last layer keeps little but K and V, so that a total divided by
     the number of layers would flatter us, the more so the fewer layers there are."""
-    two, three = (build_model(name, dtype=dtype, layers=layers) for layers in (2, 3))
+    two, three = (build_model(name, dtype=dtype, layers=n, device=device) for n in (2, 3))
     return (ours_saved_bytes(three, rows) - ours_saved_bytes(two, rows)) / rows
 
 
@@ -108,13 +115,13 @@ def _whole_model(one: float, per_layer: float, layers: int) -> float:
     return one + (layers - 1) * per_layer
 
 
-def _measure(name: str, dtype: str, rows: int) -> dict[str, float | int]:
+def measure(name: str, dtype: str, rows: int, device: Device = "cpu") -> dict[str, float | int]:
     torch_dtype = getattr(torch, dtype)
     unit = MODELS[name]["hidden_size"] * torch_dtype.itemsize
-    layers = WHOLE[name]
-    stock = stock_bytes_per_row_and_layer(name, torch_dtype, rows)
-    own = our_bytes_per_row_and_layer(name, torch_dtype, rows)
-    model = build_model(name, dtype=torch_dtype, layers=1)
+    layers = WHOLE.get(name, MODELS[name]["num_hidden_layers"])
+    stock = stock_bytes_per_row_and_layer(name, torch_dtype, rows, device)
+    own = our_bytes_per_row_and_layer(name, torch_dtype, rows, device)
+    model = build_model(name, dtype=torch_dtype, layers=1, device=device)
     stock_whole = _whole_model(saved_bytes(model, rows) / rows, stock, layers)
     own_whole = _whole_model(ours_saved_bytes(model, rows) / rows, own, layers)
     return {
@@ -134,7 +141,7 @@ def test_activation_bytes(case: str, results: Results, request: pytest.FixtureRe
     name, dtype, rows = CASES[case]
     if request.config.getoption("--quick"):
         rows = 64
-    result = _measure(name, dtype, rows)
+    result = measure(name, dtype, rows)
     results.add("activation_bytes", case, result)
     # The residual stream, gate and up alone are 2 + 2 I/H units: less means something was missed.
     shape = MODELS[name]

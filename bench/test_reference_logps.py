@@ -63,7 +63,7 @@ def separately(model: PreTrainedModel, workload: Workload) -> list[Tensor]:
 def prompt_cached(model: PreTrainedModel, workload: Workload) -> list[Tensor]:
     """The prompt but for its last token once per group."""
     found = []
-    with grouped_query_sdpa():
+    with grouped_query_sdpa(model):
         shorter = Workload(workload.prompt[:-1], [], [], [], 0)
         prompt = prompt_cache(model, shorter)
         for response in workload.responses:

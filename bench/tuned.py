@@ -44,7 +44,7 @@ class Tuning:
 
 
 def _on_onednn(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.ndim == 2
+    return a.device.type == "cpu" and a.dtype == torch.float32 and a.ndim == 2
 
 
 def _nt(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Nothing is downloaded: weights are drawn at the scale of a trained decoder (see 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Workload:
     tails: list[Tensor]  # K of [tail]
     true_mask: list[bool]  # [G * K], the verdicts; only True ones are attributed
     target_id: int  # the id of the word "True"
+    host: Workload | None = None  # the same on the CPU, where this one lies elsewhere
 
     @property
     def judgements(self) -> list[tuple[int, int]]:
@@ -40,6 +41,22 @@ class Workload:
     def sequence(self, i: int, k: int) -> Tensor:
         """The ids of judgement (i, k), [P + T_i + tail]."""
         return torch.cat([self.prompt, self.responses[i], self.tails[k]])
+
+    def sequence_ids(self, i: int, k: int) -> list[int]:
+        """The same as a list, without asking a device for it."""
+        ids: list[int] = (self.host or self).sequence(i, k).tolist()
+        return ids
+
+    def to(self, device: str | torch.device) -> Workload:
+        if torch.device(device) == self.prompt.device:
+            return self
+        return replace(
+            self,
+            prompt=self.prompt.to(device),
+            responses=[response.to(device) for response in self.responses],
+            tails=[tail.to(device) for tail in self.tails],
+            host=self.host or self,
+        )
 
     def span(self, i: int) -> slice:
         """Where the response's tokens lie in `sequence(i, k)`."""
@@ -101,8 +118,9 @@ def make_workload(
     )
 
 
-# Shapes only. The vocabularies are reduced to 4096: a verdict reads one row of logits, so the
-# head is a rounding error of the cost, and a full embedding table would only fill memory.
+# Shapes only. But in the whole models the vocabularies are reduced to 4096: a verdict reads one row
+# of logits, so the head is a rounding error of the cost, and a full embedding table would only fill
+# memory.
 MODELS: dict[str, dict[str, int | bool]] = {
     "tiny": {  # for --quick and unit tests
         "hidden_size": 64,
@@ -149,6 +167,24 @@ MODELS: dict[str, dict[str, int | bool]] = {
         "vocab_size": 4096,
         "tie_word_embeddings": True,
     },
+    "1.5b": {  # Qwen2.5-1.5B, whole
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7b": {  # Qwen2.5-7B, whole
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
     "1.5b-layers": {  # the layer shapes of Qwen2.5-1.5B, 2 of its 28 layers
         "hidden_size": 1536,
         "num_hidden_layers": 2,
@@ -162,7 +198,12 @@ MODELS: dict[str, dict[str, int | bool]] = {
 
 
 def build_model(
-    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int | None = None
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> Qwen2ForCausalLM:
     """A stock Qwen2 decoder of the named shape with random weights, frozen and in eval mode.
 
@@ -170,17 +211,29 @@ def build_model(
     carry almost no token's identity. Here linear weights have std 1/sqrt(fan_in), so attention
     scores are of order 1; embeddings have std 0.02 as in trained models, and what the attention
     and the MLP write into the residual stream is of that same scale.
+
+    On another device than the CPU the weights are made there, in their dtype: no float32 copy of
+    a large model, and other random numbers.
     """
     shape: dict[str, Any] = dict(MODELS[name])
     if layers is not None:
         shape["num_hidden_layers"] = layers
-    shape |= {"max_position_embeddings": 8192, "attn_implementation": "sdpa"}
-    config = Qwen2Config(**shape)
-    model = Qwen2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
+    shape |= {"max_position_embeddings": 32768, "attn_implementation": "sdpa"}
+    device = torch.device(device)
+    made_there = device.type != "cpu"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if made_there else torch.float32)
+    try:
+        with device:
+            model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(
+                parameter.shape, generator=generator, device=device, dtype=torch.float32
+            )
             if "norm" in key:
                 parameter.copy_(1 + 0.1 * noise)
             elif "embed_tokens" in key:

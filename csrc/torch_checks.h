@@ -7,11 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace g2r_torch {
 
@@ -38,16 +39,29 @@ inline const char* name_of(ScalarType type) {
     }
 }
 
+// No streams here: they need locales, and in a process with a second copy of the C++ library, as
+// some Python packages bring one, they can crash where a message should appear.
+inline std::string text_of(const std::string& text) { return text; }
+
+template <typename Number, typename = std::enable_if_t<std::is_arithmetic_v<Number>>>
+std::string text_of(Number number) {
+    if constexpr (std::is_integral_v<Number>) {
+        return std::to_string(number);
+    } else {
+        char text[32];
+        std::snprintf(text, sizeof(text), "%g", number);
+        return text;
+    }
+}
+
 template <typename Sizes>
 std::string shape_text(const Sizes& sizes) {
-    std::ostringstream text;
-    const char* separator = "[";
+    std::string text = "[";
     for (int64_t size : sizes) {
-        text << separator << size;
-        separator = ", ";
+        if (text.size() > 1) text += ", ";
+        text += std::to_string(size);
     }
-    text << (sizes.size() == 0 ? "[]" : "]");
-    return text.str();
+    return text + "]";
 }
 
 // The checks of one call of the op `op`; every failure is "op: what; expected ...; got ...".
@@ -60,10 +74,10 @@ class Checks {
     template <typename Expected, typename Got>
     [[noreturn]] void refuse(const std::string& what, const Expected& expected, const Got& got,
                              int64_t index = -1) const {
-        std::ostringstream text;
-        text << "g2r_fast::" << op_ << ": " << what << "; expected " << expected << "; got " << got;
-        if (index >= 0) text << "; first at index " << index;
-        throw std::runtime_error(text.str());
+        std::string text = std::string("g2r_fast::") + op_ + ": " + what + "; expected " +
+                           text_of(expected) + "; got " + text_of(got);
+        if (index >= 0) text += "; first at index " + std::to_string(index);
+        throw std::runtime_error(text);
     }
 
     // The element type of the model, as told by one of its tensors.

@@ -1,9 +1,9 @@
 """Token rewards of a group of responses to token advantages (arXiv 2602.01791, Eq. 9, and others).
 
 Everything runs on one flat concatenation of all tokens: segment sums for the statistics, no loop
-over groups, sequences or tokens. Statistics are float64; results are float32 on the rewards'
-device. Std is the population std and there is no epsilon: a spread <= 1e-6 * max|x| is zero spread
-and gives advantage 0.
+over groups, sequences or tokens; on a GPU one kernel launch, `kernels/advantages.py`. Statistics
+are float64; results are float32 on the rewards' device. Std is the population std and there is no
+epsilon: a spread <= 1e-6 * max|x| is zero spread and gives advantage 0.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from . import triton_scoring
 from .checks import check_group_size
 from .errors import InputError, InputTypeError
 
@@ -144,6 +145,10 @@ def token_advantages_with_counts(
     keep = None if mask is None else _flatten_mask(mask, lengths, device)
     if group_size == 1:
         return None, {"zero_spread_groups": 0, "groups_of_one": n_sequences}
+    if triton_scoring.serves(device):
+        return _on_device(
+            flat, lengths, group_size, config, checked_scores, mean_attributions, keep
+        )
 
     all_lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
     sequence = torch.arange(n_sequences, device=device).repeat_interleave(
@@ -157,11 +162,7 @@ def token_advantages_with_counts(
     divide = config.divide_by_std
     if config.estimator == "scaled_sequence":
         if checked_scores is None:
-            raise InputError(
-                'estimator "scaled_sequence" needs the sequence scores',
-                expected=f"scores of shape [{n_sequences}]",
-                got="None",
-            )
+            raise _scores_are_missing(n_sequences)
         score_group = torch.arange(n_sequences, device=device) // group_size
         sequence_advantages, zero_spread = _normalise(checked_scores, score_group, n_groups, divide)
         sizes = _segment_sum(torch.ones_like(rewards), sequence, n_sequences)
@@ -185,6 +186,51 @@ def token_advantages_with_counts(
         advantages[keep] = values.float()
     counts = {"zero_spread_groups": int(zero_spread.sum()), "groups_of_one": 0}
     return list(advantages.split(lengths)), counts
+
+
+def _on_device(
+    flat: Tensor,
+    lengths: list[int],
+    group_size: int,
+    config: AdvantageConfig,
+    scores: Tensor | None,
+    mean_attributions: Sequence[Tensor] | None,
+    keep: Tensor | None,
+) -> tuple[list[Tensor], dict[str, int]]:
+    """The same in one launch; the device is waited for once more, for the counts."""
+    shares = None
+    if config.estimator == "scaled_sequence":
+        if scores is None:
+            raise _scores_are_missing(len(lengths))
+        if mean_attributions is not None:
+            shares = _flatten("mean_attributions", mean_attributions, like=lengths)[0]
+            shares = shares.to(flat.device)
+    advantages, zero_spread, mixed = triton_scoring.token_advantages(
+        flat, lengths, group_size, config.estimator, config.divide_by_std, scores, shares, keep
+    )
+    flags = torch.cat([zero_spread, mixed]).tolist()
+    groups = len(zero_spread)
+    if shares is None and any(flags[groups:]):
+        raise _signs_are_mixed(flags[groups:].index(1))
+    counts = {"zero_spread_groups": sum(flags[:groups]), "groups_of_one": 0}
+    return list(advantages.split(lengths)), counts
+
+
+def _scores_are_missing(n_sequences: int) -> InputError:
+    return InputError(
+        'estimator "scaled_sequence" needs the sequence scores',
+        expected=f"scores of shape [{n_sequences}]",
+        got="None",
+    )
+
+
+def _signs_are_mixed(index: int) -> InputError:
+    return InputError(
+        "mean attributions cannot be derived from token rewards of both signs",
+        expected="rewards of one sign within a response",
+        index=index,
+        fix="Pass mean_attributions, N tensors [T_i].",
+    )
 
 
 def _segment_sum(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
@@ -241,12 +287,7 @@ def _reward_shares(rewards: Tensor, sequence: Tensor, sizes: Tensor) -> Tensor:
     negative = _segment_sum(rewards.clamp(max=0).neg_(), sequence, n_sequences)
     mixed = (positive > 0) & (negative > 0)
     if bool(mixed.any()):
-        raise InputError(
-            "mean attributions cannot be derived from token rewards of both signs",
-            expected="rewards of one sign within a response",
-            index=int(mixed.nonzero()[0]),
-            fix="Pass mean_attributions, N tensors [T_i].",
-        )
+        raise _signs_are_mixed(int(mixed.nonzero()[0]))
     total = positive + negative
     uniform = sizes.clamp(min=1).reciprocal()
     shares = rewards.abs() / total.masked_fill(total == 0, 1.0)[sequence]

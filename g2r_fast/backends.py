@@ -1,7 +1,8 @@
 """Which implementation runs the packed engine's operations, and why not another one.
 
-    native      the C++ kernels of csrc/cpu: float32 and bfloat16 on a CPU
-    triton      none of these operations yet
+    native      on a CPU the C++ kernels of csrc/cpu: float32 and bfloat16; on an NVIDIA GPU the
+                attention of csrc/cuda, bfloat16 and float16, and Triton for the rest
+    triton      the kernels of kernels/, on a GPU: float32, bfloat16 and float16
     reference   plain PyTorch operations (`eager/`): every dtype, every device
 
 The first that can serve a run is taken; the environment variable `G2R_BACKEND` forces one.
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import native, native_ops
+from g2r_fast.kernels.launching import TRITON_DTYPES, is_interpreted, triton_version
+
+from . import cuda_attention, native, native_ops
 from .errors import BackendError, InputError
 
 __all__ = [
@@ -36,8 +39,7 @@ VARIABLE = "G2R_BACKEND"
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE_STEP = 16  # elements; rows of anything that is multiplied come in whole vectors
-_NATIVE_HEAD_DIM = 256
-_NO_TRITON = "it has no kernel for these operations yet"
+_LARGEST_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,21 @@ class Backend:
     """The implementation that runs."""
 
     name: str
-    kernels: str = ""  # of the native one: the instruction set in use
+    kernels: str = ""  # which of its kernels are in use
     refused: Mapping[str, str] = field(default_factory=dict)  # those before it, and why
+    on_gpu: bool = False  # or under Triton's interpreter, as on one
 
     def __str__(self) -> str:
         return f"{self.name}: {self.kernels}" if self.kernels else self.name
 
     def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the gradients that enter and leave attention, for weights of `dtype`."""
-        return dtype if self.name == "native" else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(dtype, torch.float32) if self.name == "reference" else dtype
+
+    @property
+    def keeps_attended(self) -> bool:
+        """Whether the backward of attention reads what its forward gave."""
+        return self.on_gpu
 
 
 def describe(request: Request) -> list[Candidate]:
@@ -110,14 +118,16 @@ def choose(request: Request) -> Backend:
     for name in BACKENDS if wanted == "auto" else (wanted,):
         candidate = _candidate(name, request)
         if candidate.usable:
-            return Backend(name, _kernels() if name == "native" else "", refused)
+            on_gpu = name == "triton" or (name == "native" and request.device.type == "cuda")
+            kernels = "" if name == "reference" else _kernels(name, on_gpu)
+            return Backend(name, kernels, refused, on_gpu)
         refused[name] = str(candidate.reason)
     raise BackendError(wanted, list(candidate.reasons))
 
 
 def native_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the native kernels take rows of `width` that no run has chosen a backend for."""
-    return wanted_backend() in ("auto", "native") and not _native_reasons(
+    """Whether the CPU kernels take rows of `width` that no run has chosen a backend for."""
+    return wanted_backend() in ("auto", "native") and not _cpu_reasons(
         Request(device, dtype, width, _NATIVE_STEP, _NATIVE_STEP)
     )
 
@@ -135,7 +145,7 @@ def check_not_forced(reasons: Sequence[str]) -> None:
     """
     wanted = wanted_backend()
     if wanted not in ("auto", "reference"):
-        raise BackendError(wanted, [*([_NO_TRITON] if wanted == "triton" else []), *reasons])
+        raise BackendError(wanted, list(reasons))
 
 
 def wanted_backend() -> str:
@@ -154,24 +164,54 @@ def wanted_backend() -> str:
 
 
 def _candidate(backend: str, request: Request) -> Candidate:
+    if backend == "native" and request.device.type == "cuda":
+        return Candidate(backend, tuple(_cuda_reasons(request)))
     if backend == "native":
-        return Candidate(backend, tuple(_native_reasons(request)))
+        return Candidate(backend, tuple(_cpu_reasons(request)))
     if backend == "triton":
-        return Candidate(backend, (_NO_TRITON,))
+        return Candidate(backend, tuple(_triton_reasons(request)))
     return Candidate(backend, ())
 
 
-def _native_reasons(request: Request) -> list[str]:
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = []
+    if request.device.type != "cuda" and not (is_interpreted() and wanted_backend() == "triton"):
+        reasons.append(f"the device is {request.device}, not a GPU")
+    if request.dtype not in TRITON_DTYPES:
+        dtype = str(request.dtype).removeprefix("torch.")
+        reasons.append(f"the dtype is {dtype}, not float32, bfloat16 or float16")
+    if request.head_dim % 2 or request.head_dim > _LARGEST_HEAD_DIM:
+        reasons.append(f"head_dim {request.head_dim} is not even and at most {_LARGEST_HEAD_DIM}")
+    if request.reads_linears:
+        reasons.append("the signal reads linear layers")
+    if triton_version() is None:
+        reasons.append("triton is not installed: pip install 'g2r-fast[gpu]'")
+    return reasons
+
+
+def _cuda_reasons(request: Request) -> list[str]:
+    """Of attention in CUDA C++ with everything else on Triton."""
+    reasons = _triton_reasons(request)
+    if wanted_backend() == "auto" and torch.cuda.get_device_capability(request.device) == (9, 0):
+        # Theirs are wgmma's products, ours mma.sync's: bench/results/gpu-attention.json.
+        reasons.append("on compute capability 9.0 Triton's attention is the faster one")
+    if not reasons:  # the first question compiles what is missing: only where that is of use
+        refused = cuda_attention.serves(request.dtype, request.head_dim, request.device)
+        reasons.extend([] if refused is None else [refused])
+    return reasons
+
+
+def _cpu_reasons(request: Request) -> list[str]:
     reasons = []
     if request.device.type != "cpu":
-        reasons.append(f"the device is {request.device}, not a CPU")
+        reasons.append(f"the device is {request.device}, neither a CPU nor an NVIDIA GPU")
     if request.dtype not in _NATIVE_DTYPES:
         dtype = str(request.dtype).removeprefix("torch.")
         reasons.append(f"the dtype is {dtype}, not float32 or bfloat16")
-    if request.head_dim % _NATIVE_STEP or request.head_dim > _NATIVE_HEAD_DIM:
+    if request.head_dim % _NATIVE_STEP or request.head_dim > _LARGEST_HEAD_DIM:
         reasons.append(
             f"head_dim {request.head_dim} is not a multiple of {_NATIVE_STEP} up to "
-            f"{_NATIVE_HEAD_DIM}"
+            f"{_LARGEST_HEAD_DIM}"
         )
     for name, size in (("hidden", request.hidden), ("intermediate", request.intermediate)):
         if size % _NATIVE_STEP:
@@ -188,5 +228,8 @@ def _native_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _kernels() -> str:
-    return str(torch.ops.g2r_fast.cpu_kernels())
+def _kernels(backend: str, on_gpu: bool) -> str:
+    if not on_gpu:
+        return str(torch.ops.g2r_fast.cpu_kernels())
+    triton = f"triton {triton_version()}{' interpreted' if is_interpreted() else ''}"
+    return triton if backend == "triton" else f"CUDA attention, {triton}"

@@ -27,13 +27,16 @@ from pathlib import Path
 __all__ = [
     "CORE",
     "CPU_OPS",
+    "CUDA_OPS",
     "PARTS",
     "BuildError",
     "Part",
     "build",
     "find_compiler",
+    "find_nvcc",
     "foreign_flags",
     "package_version",
+    "parts_here",
     "problem_of",
     "source_folder",
     "tools",
@@ -64,6 +67,7 @@ class Part:
     suffix: str
     needs_python: bool
     cost: str
+    needs_nvcc: bool = False
 
     @property
     def file_name(self) -> str:
@@ -74,7 +78,11 @@ class Part:
         found = {path for pattern in self.patterns for path in folder.glob(pattern)}
         if self.needs_python:  # the rest of the top folder
             found = {path for path in found if not path.name.startswith("torch_")}
-        return sorted(path for path in found if path.suffix in (".cpp", ".h"))
+        return sorted(path for path in found if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+
+    def sources(self, folder: Path) -> list[Path]:
+        """What is compiled; the rest of the files is included there."""
+        return [path for path in self.files(folder) if path.suffix in (".cpp", ".cu")]
 
     def digest(self, folder: Path) -> str:
         """Of everything the library is made of."""
@@ -109,7 +117,30 @@ CPU_OPS = Part(
     needs_python=False,
     cost="the packed engine runs in plain PyTorch operations and is slower",
 )
-PARTS = (CORE, CPU_OPS)
+CUDA_OPS = Part(
+    name="_cuda_ops",
+    patterns=("cuda/*",),
+    # Code for Ampere and Hopper, and PTX from which the driver makes code for what comes later.
+    flags=(
+        "-O3",
+        "-std=c++17",
+        "--threads=2",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+        "--cudart=static",  # no libcudart is looked for at run time
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-g0",
+    ),
+    suffix=".so",  # of any Python and any torch: it needs neither
+    needs_python=False,
+    cost="attention on a GPU runs on Triton and is slower",
+    needs_nvcc=True,
+)
+PARTS = (CORE, CPU_OPS)  # of every machine
+
+
+def parts_here() -> tuple[Part, ...]:
+    """What an install builds: for a GPU only where there is a CUDA compiler."""
+    return (*PARTS, CUDA_OPS) if find_nvcc() else PARTS
 
 
 def source_folder(package: Path) -> Path:
@@ -173,12 +204,22 @@ def find_compiler() -> list[str] | None:
     return next(([found] for name in names if (found := shutil.which(name))), None)
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler: $CUDACXX, or that of $CUDA_HOME, of PATH, or of the usual folder."""
+    if os.environ.get("CUDACXX"):
+        return shutil.which(os.environ["CUDACXX"])
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [str(Path(home, "bin", "nvcc"))] if home else []
+    places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for place in places if (found := shutil.which(place))), None)
+
+
 def tools() -> list[str]:
     """What the outcome of a compilation depends on, beyond the sources."""
     words = find_compiler() or ["none"]
-    found = shutil.which(words[0])
-    changed = str(os.stat(found).st_mtime_ns) if found else ""
-    return [*words, changed, str(_torch_folder()), _torch_version()]
+    found, nvcc = shutil.which(words[0]), find_nvcc()
+    changed = [str(os.stat(path).st_mtime_ns) if path else "" for path in (found, nvcc)]
+    return [*words, str(nvcc), *changed, str(_torch_folder()), _torch_version()]
 
 
 def build(outputs: Mapping[Part, Path], package: Path) -> dict[Part, BuildError]:
@@ -211,9 +252,9 @@ class _Compilation:
 
     def __init__(self, part: Part, package: Path, scratch: Path, pool: ThreadPoolExecutor) -> None:
         self.part, self.folder = part, source_folder(package)
-        self.compiler = _compiler()
+        self.compiler = _nvcc() if part.needs_nvcc else _compiler()
         compile_flags, self.link_flags = foreign_flags(part)
-        sources = [path for path in part.files(self.folder) if path.suffix == ".cpp"]
+        sources = part.sources(self.folder)
         if not sources:
             raise BuildError(f"its sources are not in {self.folder}")
         scratch.mkdir()
@@ -222,8 +263,10 @@ class _Compilation:
         text = f"g2r_fast stamp: {part.name} {package_version(package)} {self.digest};"
         visible = '__attribute__((used, visibility("default")))'
         stamp.write_text(f'extern "C" {visible} const char g2r_fast_stamp[] = "{text}";\n')
-        command = [*self.compiler, *_FLAGS, *part.flags, *compile_flags]
-        command.append(f"-ffile-prefix-map={self.folder}=csrc")  # no paths of this machine
+        command = [*self.compiler, *part.flags, *compile_flags]
+        if not part.needs_nvcc:
+            # No paths of this machine.
+            command += [*_FLAGS, f"-ffile-prefix-map={self.folder}=csrc"]
         # The largest first, so that none is left over at the end.
         sources = sorted([*sources, stamp], key=lambda path: -path.stat().st_size)
         self.objects = [scratch / f"{number}.o" for number in range(len(sources))]
@@ -275,6 +318,18 @@ def _compiler() -> list[str]:
     return compiler
 
 
+def _nvcc() -> list[str]:
+    found = find_nvcc()
+    if found is None:
+        named = os.environ.get("CUDACXX")
+        raise BuildError(
+            f"CUDACXX={named} is not there"
+            if named
+            else "no CUDA compiler: no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda"
+        )
+    return [found]
+
+
 def _run(command: Sequence[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
@@ -288,7 +343,9 @@ def _run(command: Sequence[str], what: str) -> None:
 
 
 def foreign_flags(part: Part) -> tuple[list[str], list[str]]:
-    """What compiling and linking need of Python, pybind11 and torch."""
+    """What compiling and linking need of Python, pybind11, torch and CUDA."""
+    if part.needs_nvcc:
+        return [], ["-shared", "--cudart=static", "-Xlinker=-s", "-Xlinker=-z,defs"]
     shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
     if part.needs_python:
         python = Path(sysconfig.get_paths()["include"])

@@ -8,6 +8,7 @@ and nothing else. The last layer is computed for the rows that are read, beyond 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,11 +39,11 @@ class FrozenDecoder:
 
     @property
     def shape(self) -> DecoderShape:
-        return self.weights.shape
+        return replace(self.weights.shape, keeps_attended=self.backend().keeps_attended)
 
     def backend(self, reads_linears: bool = False) -> Backend:
         """What runs the operations; see `backends.choose`, also for what is raised."""
-        shape = self.shape
+        shape = self.weights.shape
         return choose(
             Request(
                 device=self.weights.device,
@@ -57,6 +58,11 @@ class FrozenDecoder:
 
     def run(self, plan: PackedPlan, signal: Signal) -> int:
         """Forward, ask the signal, and back to its leaf; the number of backward rows."""
+        # Triton launches on the current device.
+        with torch.cuda.device_of(self.weights.embed):
+            return self._run(plan, signal)
+
+    def _run(self, plan: PackedPlan, signal: Signal) -> int:
         tape = self.forward(plan, leaf=signal.leaf, keep_linears=signal.reads_linears)
         chosen: list[int] = []
         grads: list[torch.Tensor] = []

@@ -69,12 +69,15 @@ def examine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
+    import torch
+
     found: dict[str, str | None] = {"g2r_fast": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "triton"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # which names the build, unlike some packages' metadata
     found["compiler"] = _compiler()
     return found
 

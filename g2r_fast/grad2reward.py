@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import triton_scoring
 from .errors import InputError
 from .ops import attribution, embedding_scores
 from .plan import Read
@@ -163,24 +164,41 @@ class EmbeddingScores:
                 continue
             start, stop = overlap
             first, last = self.spans[sequence]
+            column = scores[start - rows.start : stop - rows.start, lane]
+            if overlap == (first, last):
+                self._scores[sequence] = column  # all of it: nothing to copy
+                continue
             if sequence not in self._scores:
                 self._scores[sequence] = scores.new_zeros(last - first)
-            column = scores[start - rows.start : stop - rows.start, lane]
             self._scores[sequence][start - first : stop - first] = column
 
     def scores(self, sequence: int) -> Tensor:
         """b `[stop - start]` of one sequence, at its own scale; float32 or wider."""
-        first, last = self.spans[sequence]
-        found = self._scores.get(sequence)
-        if found is None:
-            return torch.zeros(last - first, device=self.device)
-        if not bool(torch.isfinite(found).all()):
+        return self.all_scores([sequence])[0]
+
+    def all_scores(self, sequences: Sequence[int]) -> list[Tensor]:
+        """`scores` of several sequences; the device is waited for once."""
+        if not sequences:
+            return []
+        spans = [self.spans[sequence] for sequence in sequences]
+        found = [
+            self._scores[sequence]
+            if sequence in self._scores
+            else torch.zeros(last - first, device=self.device)
+            for sequence, (first, last) in zip(sequences, spans, strict=True)
+        ]
+        lengths = [len(scores) for scores in found]
+        flat = torch.cat(found)
+        if not bool(torch.isfinite(flat).all()):
+            first = next(i for i, one in enumerate(found) if not bool(torch.isfinite(one).all()))
             raise InputError(
                 "the judge's gradients are not finite",
-                index=self._label(sequence),
+                index=self._label(sequences[first]),
                 fix="float16 judges may need bfloat16 or float32.",
             )
-        return found * self.scale.get(sequence, 1.0)
+        scales = [self.scale.get(sequence, 1.0) for sequence in sequences]
+        factors = torch.tensor(scales, dtype=flat.dtype).repeat_interleave(torch.tensor(lengths))
+        return list((flat * factors.to(flat.device)).split(lengths))
 
     def _label(self, sequence: int) -> str:
         return f"sequence {sequence}" if self.labels is None else self.labels[sequence]
@@ -205,8 +223,17 @@ class TargetSignal(EmbeddingScores):
         self.target_ids = target_ids
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
-        check_finite(logits, reads, self.labels)
         target = torch.tensor([self.target_ids[r.sequence] for r in reads], device=logits.device)
+        if triton_scoring.serves_logits(logits):
+            found = triton_scoring.row_statistics(logits, target, None, "logp")
+            finite, scales = torch.stack([found.finite, found.scale]).tolist()  # the only wait
+            if not all(finite):
+                check_finite(logits, reads, self.labels)
+            self.scale.update(zip((read.sequence for read in reads), scales, strict=True))
+            rows = range(len(reads))
+            values = triton_scoring.objective_cotangents(logits, target, None, "logp", found, rows)
+            return Cotangents(rows, values)
+        check_finite(logits, reads, self.labels)
         values, scale = objective_cotangents(logits, target, None, "logp")
         for read, factor in zip(reads, scale.tolist(), strict=True):
             self.scale[read.sequence] = factor
@@ -241,17 +268,11 @@ class VerdictSignal(EmbeddingScores):
         self.margins: dict[int, float] = {}  # z_true - z_false, the log-odds
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
+        if triton_scoring.serves_logits(logits):
+            return self._on_device(logits, reads)
         check_finite(logits, reads, self.labels)
         margin = (logits[:, self.true_id] - logits[:, self.false_id]).tolist()
-        logps = _log_probability(logits, self.true_id).tolist()
-        chosen = []
-        for i, read in enumerate(reads):
-            at = read.sequence
-            self.logps[at], self.margins[at] = logps[i], margin[i]
-            self.verdicts[at] = self._verdict(at, margin[i])
-            start, stop = self.spans[at]
-            if self.verdicts[at] and start < stop and self.readout != "uniform":
-                chosen.append(i)
+        chosen = self._chosen(reads, margin, _log_probability(logits, self.true_id).tolist())
         if not chosen:
             return None
         rows = logits[torch.tensor(chosen, device=logits.device)]
@@ -261,6 +282,40 @@ class VerdictSignal(EmbeddingScores):
         for i, factor in zip(chosen, scale.tolist(), strict=True):
             self.scale[reads[i].sequence] = factor
         return Cotangents(chosen, values)
+
+    def _on_device(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
+        """The same with one pass over all logits, one over the chosen ones, and one wait."""
+        objective = self.config.objective
+        target = torch.full((len(reads),), self.true_id, device=logits.device)
+        other = torch.full((len(reads),), self.false_id, device=logits.device)
+        found = triton_scoring.row_statistics(logits, target, other, objective)
+        wanted = [found.finite, found.margin, found.logp, found.scale]
+        finite, margin, logps, scale = torch.stack(wanted).tolist()
+        if not all(finite):
+            check_finite(logits, reads, self.labels)
+        chosen = self._chosen(reads, margin, logps)
+        if not chosen:
+            return None
+        for i in chosen:
+            self.scale[reads[i].sequence] = scale[i]
+        values = triton_scoring.objective_cotangents(
+            logits, target, other, objective, found, chosen
+        )
+        return Cotangents(chosen, values)
+
+    def _chosen(
+        self, reads: Sequence[Read], margin: Sequence[float], logps: Sequence[float]
+    ) -> list[int]:
+        """Takes down every verdict; the reads that something comes back from."""
+        chosen = []
+        for i, read in enumerate(reads):
+            at = read.sequence
+            self.logps[at], self.margins[at] = logps[i], margin[i]
+            self.verdicts[at] = self._verdict(at, margin[i])
+            start, stop = self.spans[at]
+            if self.verdicts[at] and start < stop and self.readout != "uniform":
+                chosen.append(i)
+        return chosen
 
     def _verdict(self, sequence: int, margin: float) -> bool:
         if self.given is not None:

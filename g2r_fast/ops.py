@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import native_stages
+from . import cuda_attention, native_stages, triton_attention, triton_scoring, triton_stages
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import rows as eager_rows
@@ -167,6 +167,7 @@ def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     dq: torch.Tensor,
@@ -179,11 +180,18 @@ def attention_backward(
     """The gradients of `attention_forward` for every lane.
 
     grad_out and dq `[B, heads, D]`, of the queries' backward rows; dk and dv `[B, kv_heads, D]`, of
-    the plan's backward rows, float32 or wider. Every element of dq, dk and dv is written.
+    the plan's backward rows, float32 or wider. Every element of dq, dk and dv is written. `out` is
+    read where `backend.keeps_attended`.
     """
-    _attention(backend).attention_backward(
-        queries, q, k, v, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
-    )
+    if backend.keeps_attended:
+        assert out is not None
+        _attention(backend).attention_backward(
+            queries, q, k, v, out, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
+        )
+    else:
+        _attention(backend).attention_backward(
+            queries, q, k, v, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
+        )
 
 
 def linear(backend: Backend, x: torch.Tensor, layer: Linear) -> torch.Tensor:
@@ -203,10 +211,12 @@ def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) ->
 
     values `[rows, H]`; grads `[rows, lanes, H]`; the result `[rows, lanes]`, float32 or wider.
     """
-    native = grads.dtype == values.dtype == torch.float32 and native_serves(
-        grads.device, grads.dtype, grads.shape[-1]
-    )
-    run = native_stages.embedding_scores if native else eager_rows.embedding_scores
+    run = eager_rows.embedding_scores
+    if grads.dtype == values.dtype == torch.float32:
+        if triton_scoring.serves(grads.device):
+            run = triton_stages.embedding_scores
+        elif native_serves(grads.device, grads.dtype, grads.shape[-1]):
+            run = native_stages.embedding_scores
     return run(values, grads, readout)
 
 
@@ -226,14 +236,21 @@ def attribution_rewards(
     Returns alpha `[total]` and rewards `[count]`, float64, which start from 0 and are summed in the
     order of j, whatever the number of threads. `temperature`, `standardise`: see `attribution`.
     """
-    native = native_is_there(scores.device)
-    run = native_stages.attribution_rewards if native else eager_rows.attribution_rewards
+    run = eager_rows.attribution_rewards
+    if triton_scoring.serves(scores.device):
+        run = triton_scoring.attribution_rewards
+    elif native_is_there(scores.device):
+        run = native_stages.attribution_rewards
     return run(scores, lengths, weights, starts, count, temperature, standardise)
 
 
 def _stages(backend: Backend) -> Any:
+    if backend.on_gpu:
+        return triton_stages
     return native_stages if backend.name == "native" else eager_stages
 
 
 def _attention(backend: Backend) -> Any:
+    if backend.on_gpu:
+        return cuda_attention if backend.name == "native" else triton_attention
     return native_stages if backend.name == "native" else eager_attention

@@ -6,6 +6,7 @@ token-major, so the lanes of a token read the same saved row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -50,6 +51,7 @@ class PackedBackward:
         weights = self.weights
         self._dk = context.empty_wide(self.backward.rows, weights.kv_heads, weights.head_dim)
         self._dv = context.empty_wide(*self._dk.shape)
+        self._exponents: dict[int, int] = {}  # of the lanes, where they are scaled
 
     def run(self, grads: torch.Tensor) -> int:
         """`grads` `[chosen reads, H]`; returns the number of backward rows."""
@@ -58,9 +60,12 @@ class PackedBackward:
         context, weights, tape = self.context, self.weights, self.tape
         place = {row: i for i, row in enumerate(tape.plan.read_rows)}
         at = context.index([place[read.row] for read in self.reads])
+        grads = grads[self.enters]
+        if context.scales_lanes:
+            grads = self._scaled(grads)
         entering = torch.zeros_like(grads)
         ops.rms_norm_backward(
-            grads[self.enters][:, None],
+            grads[:, None],
             weights.norm,
             tape.norm.normed[at],
             tape.norm.rstd[at],
@@ -69,7 +74,7 @@ class PackedBackward:
         dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, entering)
         body = range(len(weights.layers) - 2, self.signal.leaf - 1, -1)
         if body:
-            queries = backward_queries(tape.plan, self.backward, context.saved_rows.cpu())
+            queries = backward_queries(tape.plan, self.backward, context.saved_rows_on_host)
             shape = (self.backward.rows, weights.heads, weights.head_dim)
             grad_out, dq = context.empty_gradient(*shape), context.empty_gradient(*shape)
             for i in body:
@@ -92,7 +97,7 @@ class PackedBackward:
             attended=tape.out, watch=watch,
         )  # fmt: skip
         ops.attention_backward(
-            context.backend, queries, tape.q, tape.k, tape.v, tape.lse,
+            context.backend, queries, tape.q, tape.k, tape.v, tape.out, tape.lse,
             grad_out, dq, self._dk, self._dv, window=layer.window,
         )  # fmt: skip
         ops.qkv_backward(
@@ -112,13 +117,14 @@ class PackedBackward:
         rows = backward_reads(self.reads, at, context.chunk, self.merge)
         queries = backward_read_queries(self.tape.plan, self.backward, self.reads)
         q, lse = tape.q[at], tape.lse[at]
+        out = None if tape.out is None else tape.out[at]
         grad_out, dq = context.empty_gradient(*q.shape), context.empty_gradient(*q.shape)
         ops.mlp_backward(
             context.backend, layer, grad, rows, tape.norm_mid, tape.mlp, grad_out,
             attended=tape.out, watch=watch,
         )  # fmt: skip
         ops.attention_backward(
-            context.backend, queries, q, tape.k, tape.v, lse,
+            context.backend, queries, q, tape.k, tape.v, out, lse,
             grad_out, dq, self._dk, self._dv, window=layer.window,
         )  # fmt: skip
         ops.qkv_backward(
@@ -150,8 +156,22 @@ class PackedBackward:
             start = 0
             for rows in piece.members:
                 stop = start + rows.stop - rows.start
-                self.signal.on_leaf(rows, values[start:stop].to(context.wide), grads[start:stop])
+                part = grads[start:stop]
+                if context.scales_lanes:
+                    exponents = [self._exponents[lane] for lane in rows.lanes]
+                    part = part.ldexp(context.index(exponents)[:, None])
+                self.signal.on_leaf(rows, values[start:stop].to(context.wide), part)
                 start = stop
+
+    def _scaled(self, grads: torch.Tensor) -> torch.Tensor:
+        """`[reads, H]` with every lane brought to a power of two near one, for dtypes in which
+        small gradients would vanish; a lane's whole backward is linear in it."""
+        largest: dict[int, float] = {}
+        for read, value in zip(self.reads, grads.abs().amax(-1).tolist(), strict=True):
+            largest[read.sequence] = max(value, largest.get(read.sequence, 0.0))
+        self._exponents = {lane: math.frexp(value)[1] for lane, value in largest.items()}
+        exponents = [-self._exponents[read.sequence] for read in self.reads]
+        return grads.ldexp(self.context.index(exponents)[:, None])
 
     def _watch(self, layer: LayerWeights) -> Watch | None:
         return partial(self._read, layer.name) if self.signal.reads_linears else None

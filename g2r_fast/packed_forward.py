@@ -32,6 +32,7 @@ class PackedForward:
         self.weights = context.weights
         self.leaf = leaf
         self.keep_linears = keep_linears
+        self.keep_out = keep_linears or context.backend.keeps_attended
         self.rows = forward_rows(context.plan, context.chunk)
         # What a layer needs and does not keep, for all layers in turn.
         shape = (context.plan.rows, self.weights.heads, self.weights.head_dim)
@@ -63,7 +64,7 @@ class PackedForward:
         if q is None or lse is None:  # all of it is kept
             q = context.empty(*out.shape)
             lse = context.empty_wide(*out.shape[:2])
-            out = context.empty(*out.shape) if self.keep_linears else out
+            out = context.empty(*out.shape) if self.keep_out else out
         k, v = self._keys_values()
         norm_in = context.empty_norm(saved, x.shape[1])
         q_norm = self._head_norm(layer.q_norm, saved, self.weights.heads)
@@ -77,7 +78,7 @@ class PackedForward:
         norm_mid, mlp = self._mlp(layer, x, out, self.rows, saved)
         if not context.all_saved:
             q, lse = q[context.saved_rows], lse[context.saved_rows]
-            out = out[context.saved_rows] if self.keep_linears else out
+            out = out[context.saved_rows] if self.keep_out else out
         return LayerTape(
             k=k,
             v=v,
@@ -86,7 +87,7 @@ class PackedForward:
             query_norm_in=norm_in,
             q_norm=q_norm,
             q=q,
-            out=out if self.keep_linears else None,
+            out=out if self.keep_out else None,
             lse=lse,
             norm_mid=norm_mid,
             mlp=mlp,
@@ -124,7 +125,7 @@ class PackedForward:
             query_norm_in=query_norm_in,
             q_norm=q_norm,
             q=q,
-            out=out if self.keep_linears else None,
+            out=out if self.keep_out else None,
             lse=lse,
             norm_mid=norm_mid,
             mlp=mlp,

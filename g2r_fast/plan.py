@@ -151,6 +151,7 @@ class DecoderShape:
     itemsize: int  # bytes of one saved activation
     stat_itemsize: int  # bytes of one saved row statistic
     qk_norm: bool = False
+    keeps_attended: bool = False  # where the backend's attention backward reads its output
 
 
 @dataclass(slots=True)
@@ -293,6 +294,8 @@ class PackedPlan:
         into_layer = shape.hidden * item + stat  # its normalised input
         query = (heads_width + shape.hidden + 2 * shape.intermediate) * item
         query += (shape.heads + 1) * stat  # log-sum-exp per head, the second norm
+        if shape.keeps_attended:
+            query += heads_width * item
         if shape.qk_norm:
             into_layer += kv_width * item + shape.kv_heads * stat
             query += heads_width * item + shape.heads * stat

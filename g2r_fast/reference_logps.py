@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from . import triton_scoring
 from .grad2reward import check_finite
 from .plan import PackedSequence, Read
 from .signal import Cotangents, LeafRows, Signal
@@ -57,8 +58,11 @@ class WithReference:
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
         inner = [i for i, read in enumerate(reads) if read.sequence < self._count]
-        for start, stop in _runs(reads):
-            if reads[start].sequence >= self._count:
+        runs = [run for run in _runs(reads) if reads[run[0]].sequence >= self._count]
+        if runs and triton_scoring.serves_logits(logits):
+            self._read_on_device(logits, reads, runs)
+        else:
+            for start, stop in runs:
                 self._read(logits[start:stop], reads[start:stop])
         if not inner:
             return None
@@ -85,14 +89,39 @@ class WithReference:
 
     def _read(self, logits: Tensor, reads: Sequence[Read]) -> None:
         """Log-probabilities from logits of one sequence, whose positions follow each other."""
-        index = self._rollout_of[reads[0].sequence - self._count]
-        rollout = self._rollouts[index]
-        first = reads[0].position + 1 - len(rollout.prompt_ids)
-        tokens = torch.tensor(rollout.response_ids[first : first + len(reads)])
+        rollout, tokens, _ = self._asked(reads)
         scaled = logits if self._temperature == 1.0 else logits / self._temperature
-        logps = -cross_entropy(scaled, tokens.to(logits.device), reduction="none")
+        targets = torch.tensor(tokens).to(logits.device)
+        logps = -cross_entropy(scaled, targets, reduction="none")
         if not bool(logps.isfinite().all()):
             check_finite(logits, reads, {reads[0].sequence: rollout.label})
+        self._keep(reads, logps)
+
+    def _read_on_device(
+        self, logits: Tensor, reads: Sequence[Read], runs: Sequence[tuple[int, int]]
+    ) -> None:
+        """The same for every stretch in one launch, and one wait."""
+        rows = [row for start, stop in runs for row in range(start, stop)]
+        tokens = [token for start, stop in runs for token in self._asked(reads[start:stop])[1]]
+        logps, finite = triton_scoring.token_logps(logits, rows, tokens, self._temperature)
+        if not bool(finite.all()):
+            for start, stop in runs:
+                label = self._asked(reads[start:stop])[0].label
+                sequence = reads[start].sequence
+                check_finite(logits[start:stop], reads[start:stop], {sequence: label})
+        lengths = [stop - start for start, stop in runs]
+        for (start, stop), found in zip(runs, logps.split(lengths), strict=True):
+            self._keep(reads[start:stop], found)
+
+    def _asked(self, reads: Sequence[Read]) -> tuple[Rollout, Sequence[int], int]:
+        """Of a stretch: its rollout, the tokens that its reads predict, and the first's place."""
+        rollout = self._rollouts[self._rollout_of[reads[0].sequence - self._count]]
+        first = reads[0].position + 1 - len(rollout.prompt_ids)
+        return rollout, rollout.response_ids[first : first + len(reads)], first
+
+    def _keep(self, reads: Sequence[Read], logps: Tensor) -> None:
+        rollout, _, first = self._asked(reads)
+        index = self._rollout_of[reads[0].sequence - self._count]
         row = self._logps.setdefault(index, logps.new_empty(len(rollout.response_ids)))
         row[first : first + len(reads)] = logps
 

@@ -7,9 +7,10 @@ want: slices and tuples for the PyTorch operations, int32 and int64 tensors for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
+from typing import Any
 
 import torch
 
@@ -56,6 +57,15 @@ class RowMap:
     """For each row of a pass, the row of what the forward keeps."""
 
     pieces: tuple[Piece, ...]  # all rows of the pass, in order
+    _moved: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def index_on(self, device: torch.device) -> torch.Tensor:
+        """`index` on a device, where it is copied once."""
+        if device not in self._moved:
+            self._moved[device] = self.index.to(device)
+        return self._moved[device]
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -101,6 +111,8 @@ class QueryTables:
     backward: BackwardPlan | None = None
     lanes: Sequence[tuple[int, ...]] = ()  # backward only: who comes back in each block
     block_rows: Sequence[int] = ()  # backward only: the block's first row in grad_out and dq
+    # What device_tables.py built of this, by what it depends on.
+    on_device: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def blocks(self) -> tuple[QueryBlock, ...]:

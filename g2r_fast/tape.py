@@ -59,7 +59,7 @@ class LayerTape:
     query_norm_in: NormTape  # [query, H]; `norm_in` itself, but in the last layer
     q_norm: NormTape | None  # [query, heads, head_dim]
     q: torch.Tensor  # [query, heads, head_dim]
-    out: torch.Tensor | None  # as q, only for signals that read linears
+    out: torch.Tensor | None  # as q, for signals that read linears and where attention reads it
     lse: torch.Tensor  # [query, heads]
     norm_mid: NormTape  # [query, H]
     mlp: MlpTape
@@ -113,10 +113,12 @@ class PassContext:
         self.chunk = _CHUNK.get(self.device.type, _CHUNK["cuda"])
         live = [s for s in plan.segments if s.saved_row is not None]
         rows = [torch.arange(s.row, s.row + len(s)) for s in live]
-        self.saved_rows = self.index(torch.cat(rows) if rows else [])
+        self.saved_rows_on_host = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        self.saved_rows = self.index(self.saved_rows_on_host)
         self.read_rows = self.index(plan.read_rows)
         self.input_ids = plan.input_ids.to(self.device)
         self.all_saved = plan.saved_rows == plan.rows
+        self.scales_lanes = backend.on_gpu and weights.dtype == torch.float16
 
     def index(self, rows: torch.Tensor | tuple[int, ...] | list[int]) -> torch.Tensor:
         return torch.as_tensor(rows, dtype=torch.int64, device=self.device)
@@ -125,7 +127,10 @@ class PassContext:
     def rotary(self) -> Rotary:
         """Of every row."""
         weights = self.weights
-        angles = self.plan.positions.double()[:, None] * weights.inv_freq.double().cpu()
+        # A double cosine costs a CPU as much time as some layers cost a GPU.
+        where = self.device if self.device.type == "cuda" else torch.device("cpu")
+        positions = self.plan.positions.to(where, torch.float64)
+        angles = positions[:, None] * weights.inv_freq.to(where, torch.float64)
         cos = (angles.cos() * weights.rotary_scaling).to(self.device, self.wide)
         sin = (angles.sin() * weights.rotary_scaling).to(self.device, self.wide)
         return cos, sin
@@ -155,7 +160,11 @@ class PassContext:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         memory = torch.empty(shape, dtype=dtype, device=self.device)
-        if self.backend.name == "native" and memory.nbytes >= _LARGE:
+        if (
+            memory.device.type == "cpu"
+            and self.backend.name == "native"
+            and memory.nbytes >= _LARGE
+        ):
             torch.ops.g2r_fast.prefer_large_pages(memory)
         return memory
 

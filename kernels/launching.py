@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,15 @@ import torch
 
 from g2r_fast.errors import InputError, InputTypeError
 
-__all__ = ["TRITON_DTYPES", "CompileCase", "check_rows", "check_vector", "require_triton"]
+__all__ = [
+    "TRITON_DTYPES",
+    "CompileCase",
+    "check_rows",
+    "check_vector",
+    "is_interpreted",
+    "require_triton",
+    "triton_version",
+]
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -25,6 +35,20 @@ class CompileCase:
     constants: Mapping[str, Any]
     options: Mapping[str, Any]  # num_warps and the like, as at launch
     aligned: bool  # pointers and sizes are multiples of 16, as Triton finds them at most launches
+    arch: int | None = None  # the one compute capability that it is for, 90 for 9.0; None: any
+
+
+def triton_version() -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and triton_version() is not None
 
 
 def require_triton(triton: Any, op: str) -> None:

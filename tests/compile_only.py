@@ -2,21 +2,28 @@
 
     python tests/compile_only.py [folder of kernels]
 
-Prints shared memory, registers, stack and spills as the assembler reports them. Fails on a kernel
-that does not compile, spills, keeps a stack frame or takes more shared memory than a block may have
-(Triton itself compiles such a kernel without a word), and on a kernel file that lists no cases.
+Triton kernels come from the folder; CUDA kernels from csrc/cuda, or from the folder if one is
+given, where nvcc is found. Prints shared memory, registers, stack and spills as the assembler
+reports them. Fails on a kernel that does not compile (or with a warning), spills, keeps a stack
+frame or takes more shared memory than a block may have (the compilers themselves compile such a
+kernel without a word), and on a kernel file that lists no cases.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import io
+import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,32 +120,54 @@ def knows(arch: int) -> bool:
     return f"sm_{arch}" in listed.stdout
 
 
-def main(folder: Path) -> int:
-    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("TRITON_INTERPRET is ignored here: interpreted kernels cannot be compiled")
+_cases: list[Any] = []  # of the folder; a process that compiles has a copy
+
+
+def _compiled(index: int, arch: int) -> Report | str:
+    """The report of a case, or what went wrong."""
     try:
+        return compile_case(_cases[index], arch)
+    except Exception as error:  # told, and the remaining ones still compiled
+        return f"{type(error).__name__}: {error}"
+
+
+class TritonKernels:
+    """Compiles the kernels of a folder in two processes."""
+
+    def __init__(self, folder: Path, cache: str) -> None:
         import triton
-    except ImportError:
-        print("compile-only needs triton: pip install -e '.[test]'", file=sys.stderr)
-        return 1
-    sys.path.insert(0, str(ROOT))
-    triton.knobs.nvidia.dump_ptxas_log = True
-    cases = load_cases(folder)
-    archs = [arch for arch in SHARED_LIMIT if arch in REQUIRED or knows(arch)]
-    faults = 0
-    print(f"triton {triton.__version__}; shared bytes / registers / stack bytes / spill bytes")
-    print(f"{'kernel':32}" + "".join(f"{f'sm_{arch}':>28}" for arch in archs))
-    # A cache of its own, as the assembler reports nothing about a kernel found in the cache.
-    with tempfile.TemporaryDirectory() as cache:
+
+        self.version = triton.__version__
+        triton.knobs.nvidia.dump_ptxas_log = True
+        # A cache of its own, as the assembler reports nothing about a kernel found in the cache.
         triton.knobs.cache.dir = cache
-        for case in cases:
+        _cases[:] = load_cases(folder)
+        self.archs = [arch for arch in SHARED_LIMIT if arch in REQUIRED or knows(arch)]
+        self.pool = ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
+        self.reports = [
+            {
+                arch: self.pool.submit(_compiled, index, arch)
+                for arch in self.archs
+                if case.arch in (None, arch)
+            }
+            for index, case in enumerate(_cases)
+        ]
+
+    def print_table(self) -> int:
+        """The number of faults."""
+        faults = 0
+        print(f"triton {self.version}; shared bytes / registers / stack bytes / spill bytes")
+        print(f"{'kernel':32}" + "".join(f"{f'sm_{arch}':>28}" for arch in self.archs))
+        for case, reports in zip(_cases, self.reports, strict=True):
             cells, complaints = [], []
-            for arch in archs:
-                try:
-                    report = compile_case(case, arch)
-                except Exception as error:  # told below, and the remaining ones still compiled
+            for arch in self.archs:
+                if arch not in reports:  # a configuration of another GPU's own
+                    cells.append("-")
+                    continue
+                report = reports[arch].result()
+                if isinstance(report, str):
                     cells.append("FAILED")
-                    complaints.append(f"sm_{arch}: {type(error).__name__}: {error}")
+                    complaints.append(f"sm_{arch}: {report}")
                     continue
                 cells.append(" / ".join(map(str, report)))
                 complaints += [f"sm_{arch}: {fault}" for fault in report.faults(arch)]
@@ -146,14 +175,188 @@ def main(folder: Path) -> int:
             for complaint in complaints:
                 print(f"  FAULT {case.name}: {complaint}")
             faults += len(complaints)
-    print(f"{len(cases)} Triton kernels for {len(archs)} architectures, {faults} faults")
-    cuda_sources = sorted(path.name for path in ROOT.glob("csrc/**/*.cu"))
-    if cuda_sources:
-        print(f"  FAULT nothing here compiles these CUDA sources yet: {', '.join(cuda_sources)}")
+        self.pool.shutdown()
+        print(f"{len(_cases)} Triton kernels for {len(self.archs)} architectures, {faults} faults")
+        return faults
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+CUDA = ROOT / "csrc" / "cuda"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings"]
+CUDA_FLAGS += ["-Xcompiler", "-Wall,-Wextra", f"-I{CUDA}"]
+# The sources as a library for the CPU: what a kernel asks for at its launch is told there.
+EMULATION = ["-std=c++17", "-O0", "-fPIC", "-shared", "-DG2R_EMULATE", f"-I{ROOT / 'tests/cpp'}"]
+
+
+PLAIN_NAMES = {"__nv_bfloat16": "bf16", "__half": "f16", "false": "0", "true": "1"}
+
+
+class Kernel(ctypes.Structure):
+    """`G2rKernel` of csrc/cuda/attention.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+    )
+
+
+def find_nvcc() -> str | None:
+    homes = (os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
+    path = os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")])
+    return shutil.which("nvcc", path=path)
+
+
+def cuda_archs(nvcc: str) -> list[int]:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = set(listed.stdout.split())
+    return [arch for arch in SHARED_LIMIT if arch in REQUIRED or f"compute_{arch}" in known]
+
+
+def nvcc_log(nvcc: str, source: Path, arch: int) -> str:
+    """Compiles for one architecture and returns what the assembler said."""
+    # The code of the CPU is the same for all of them.
+    kind = "-c" if arch == REQUIRED[0] else "-cubin"
+    with tempfile.TemporaryDirectory() as folder:
+        output = ["-o", str(Path(folder) / "kernels.out")]
+        command = [nvcc, *CUDA_FLAGS, f"-arch=sm_{arch}", kind, str(source), *output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc returned {done.returncode}:\n{log}")
+    return log
+
+
+def plain_name(symbol: str) -> str:
+    """`void g2r::gpu::name<__half, 128, false>(Call)` as `name<f16, 128, 0>`."""
+    name = re.sub(r"\((?:int|bool)\)", "", symbol.strip())
+    name = name.removeprefix("void ").rpartition("(")[0] or name
+    head, bracket, arguments = name.partition("<")
+    for long, short in PLAIN_NAMES.items():
+        arguments = arguments.replace(long, short)
+    return head.rpartition("::")[2] + bracket + arguments
+
+
+def cuda_reports(log: str) -> Iterator[tuple[str, Report]]:
+    """Every kernel of one log of nvcc, with the shared memory that it declares."""
+    symbols = re.findall(r"Compiling entry function '(\S+)'", log)
+    names = subprocess.run(
+        ["c++filt", *symbols], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    parts = re.split(r"Compiling entry function '\S+'", log)[1:]
+    for name, part in zip(names, parts, strict=True):
+        declared = re.search(r"(\d+) bytes smem", part)
+        yield plain_name(name), parse_assembler_log(part, int(declared[1]) if declared else 0)
+
+
+def launch_table(source: Path) -> dict[str, int]:
+    """Bytes of shared memory that each kernel is launched with."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler to read the table of kernels with")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        command = [compiler, *EMULATION, f"-I{CUDA}", "-x", "c++", str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{compiler} returned {done.returncode}:\n{done.stderr[:4000]}")
+        table = ctypes.CDLL(str(library)).g2r_kernel
+        table.argtypes = (ctypes.c_int32, ctypes.POINTER(Kernel))
+        found: dict[str, int] = {}
+        kernel = Kernel()
+        while table(len(found), ctypes.byref(kernel)) == 0:
+            found[kernel.name.decode()] = int(kernel.shared_bytes)
+        return found
+
+
+def covers(entry: str, kernel: str) -> bool:
+    """Whether an entry of the table, `name<128>`, is about `name<f16, 128, 0>`."""
+    name, *arguments = re.split(r"[<>, ]+", entry.rstrip(">"))
+    other, *others = re.split(r"[<>, ]+", kernel.rstrip(">"))
+    return name == other and set(arguments) <= set(others)
+
+
+def with_dynamic(reports: dict[str, Report], table: dict[str, int]) -> dict[str, Report]:
+    """The reports with the shared memory of the launch added."""
+    found = {}
+    for kernel, report in reports.items():
+        dynamic = [size for entry, size in table.items() if covers(entry, kernel)]
+        if len(dynamic) != 1:
+            raise ValueError(f"{len(dynamic)} entries of g2r_kernel are about {kernel}")
+        found[kernel] = report._replace(shared=report.shared + dynamic[0])
+    for entry in table:
+        if not any(covers(entry, kernel) for kernel in reports):
+            raise ValueError(f"g2r_kernel lists {entry}, which is not compiled")
+    return found
+
+
+class CudaSources:
+    """Compiles CUDA sources, two at a time, while others do something else."""
+
+    def __init__(self, nvcc: str, sources: list[Path], pool: ThreadPoolExecutor) -> None:
+        self.archs = cuda_archs(nvcc)
+        self.version = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout.split("release ")[1].split(",")[0]  # fmt: skip
+        self.tables = {source: pool.submit(launch_table, source) for source in sources}
+        self.logs: dict[Path, dict[int, Future[str]]] = {
+            source: {arch: pool.submit(nvcc_log, nvcc, source, arch) for arch in self.archs}
+            for source in sources
+        }
+
+    def print_table(self) -> int:
+        """The number of faults."""
+        print(f"nvcc {self.version}; shared bytes / registers / stack bytes / spill bytes")
+        print(f"{'kernel':48}" + "".join(f"{f'sm_{arch}':>28}" for arch in self.archs))
+        count = faults = 0
+        for source, logs in self.logs.items():
+            rows: dict[str, dict[int, Report]] = {}
+            complaints = []
+            for arch, log in logs.items():
+                try:
+                    reports = with_dynamic(
+                        dict(cuda_reports(log.result())), self.tables[source].result()
+                    )
+                except Exception as error:  # told below, and the remaining ones still looked at
+                    complaints.append(f"{source.name}: sm_{arch}: {type(error).__name__}: {error}")
+                    continue
+                for kernel, report in reports.items():
+                    rows.setdefault(kernel, {})[arch] = report
+                    complaints += [f"{kernel}: sm_{arch}: {x}" for x in report.faults(arch)]
+            for kernel, by_arch in sorted(rows.items()):
+                cells = (
+                    " / ".join(map(str, by_arch[arch])) if arch in by_arch else "FAILED"
+                    for arch in self.archs
+                )
+                print(f"{kernel:48}" + "".join(f"{cell:>28}" for cell in cells))
+            for complaint in complaints:
+                print(f"  FAULT {complaint}")
+            count, faults = count + len(rows), faults + len(complaints)
+        print(f"{count} CUDA kernels for {len(self.archs)} architectures, {faults} faults")
+        return faults
+
+
+def main(folder: Path, cuda_folder: Path) -> int:
+    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is ignored here: interpreted kernels cannot be compiled")
+    if importlib.util.find_spec("triton") is None:
+        print("compile-only needs triton: pip install -e '.[test]'", file=sys.stderr)
         return 1
-    print("no CUDA sources yet")
+    sys.path.insert(0, str(ROOT))
+    sources, nvcc = sorted(cuda_folder.glob("*.cu")), find_nvcc()
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as threads:
+        # Processes first: they are copies of this one, which should have no threads by then.
+        triton_kernels = TritonKernels(folder, cache)
+        cuda = CudaSources(nvcc, sources, threads) if nvcc and sources else None
+        faults = triton_kernels.print_table()
+        if cuda is not None:
+            faults += cuda.print_table()
+        elif sources:
+            print(f"not compiled, as there is no nvcc: {', '.join(x.name for x in sources)}")
     return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "kernels"))
+    given = [Path(argument) for argument in sys.argv[1:2]]
+    sys.exit(main(*(given * 2 or (ROOT / "kernels", CUDA))))

@@ -13,8 +13,8 @@ from fallback_models import model_of
 from patterns import group
 from tiny_models import tiny_model
 
+from g2r_fast import cuda_attention, native_ops
 from g2r_fast import engine as engine_module
-from g2r_fast import native_ops
 from g2r_fast.backends import BACKENDS, Request, choose, describe, native_serves
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.engine import PackedEngine, choose_engine
@@ -29,7 +29,10 @@ GPT2 = "gpt2: learned positions, Conv1D"  # no family of the packed engine
 
 # What native cannot serve, and what it says.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "device": ({"device": torch.device("cuda", 1)}, "the device is cuda:1, not a CPU"),
+    "device": (
+        {"device": torch.device("mps")},
+        "the device is mps, neither a CPU nor an NVIDIA GPU",
+    ),
     "dtype": ({"dtype": torch.float64}, "the dtype is float64, not float32 or bfloat16"),
     "half": ({"dtype": torch.float16}, "the dtype is float16, not float32 or bfloat16"),
     "head_dim": ({"head_dim": 24}, "head_dim 24 is not a multiple of 16 up to 256"),
@@ -49,7 +52,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the native kernels were there; nothing here runs them."""
     monkeypatch.delenv("G2R_BACKEND", raising=False)
     monkeypatch.setattr(native_ops, "load", lambda: None)
-    monkeypatch.setattr("g2r_fast.backends._kernels", lambda: "avx2")
+    monkeypatch.setattr("g2r_fast.backends._kernels", lambda *asked: "avx2")
 
 
 @pytest.mark.usefixtures("built")
@@ -71,7 +74,7 @@ def test_the_reference_serves_the_rest_and_the_reasons_are_known(case: str) -> N
     assert candidates["reference"].reason is None and candidates["reference"].usable
     backend = choose(request)
     assert str(backend) == "reference"
-    assert backend.refused["native"] == reason and "no kernel" in backend.refused["triton"]
+    assert backend.refused["native"] == reason and "not a GPU" in backend.refused["triton"]
     wide = torch.promote_types(request.dtype, torch.float32)
     assert backend.gradient_dtype(request.dtype) == wide
 
@@ -100,12 +103,71 @@ def test_a_forced_backend_serves_or_says_everything_that_is_in_the_way(
     assert len(caught.value.reasons) == 2
     for reason in ("head_dim 24", "hidden size 40", "G2R_BACKEND=native", "G2R_BACKEND=auto"):
         assert reason in str(caught.value)
-    monkeypatch.setenv("G2R_BACKEND", "triton")
-    with pytest.raises(BackendError, match="no kernel for these operations yet"):
-        choose(SERVED)
     monkeypatch.setenv("G2R_BACKEND", "cuda")
     with pytest.raises(InputError, match=r"names no backend.*got cuda"):
         choose(SERVED)
+
+
+GPU = replace(SERVED, device=torch.device("cuda", 1), dtype=torch.bfloat16)
+
+# What Triton's kernels cannot serve, and what they say.
+REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
+    "device": ({"device": torch.device("cpu")}, "the device is cpu, not a GPU"),
+    "dtype": ({"dtype": torch.float64}, "the dtype is float64, not float32, bfloat16 or float16"),
+    "head_dim": ({"head_dim": 17}, "head_dim 17 is not even and at most 256"),
+    "long heads": ({"head_dim": 272}, "head_dim 272 is not even and at most 256"),
+    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_TRITON)
+def test_what_triton_cannot_serve_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    change, reason = REFUSED_BY_TRITON[case]
+    candidates = {c.backend: c for c in describe(replace(GPU, **change))}
+    assert candidates["triton"].reasons == (reason,)
+    if case != "device":  # what Triton cannot do, the native backend of a GPU cannot either
+        assert reason in candidates["native"].reasons
+    assert choose(replace(GPU, **change)).name in ("reference", "native")
+
+
+def test_a_gpu_without_triton_or_without_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
+    monkeypatch.setattr("g2r_fast.backends.is_interpreted", lambda: False)
+    monkeypatch.setattr(cuda_attention, "serves", lambda *asked: "there is no nvcc")
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    backend = choose(GPU)
+    assert str(backend) == "triton: triton 3.9.0" and backend.on_gpu and backend.keeps_attended
+    assert backend.refused == {"native": "there is no nvcc"}
+    assert backend.gradient_dtype(torch.bfloat16) == torch.bfloat16
+    monkeypatch.setattr(cuda_attention, "serves", lambda *asked: None)
+    backend = choose(GPU)
+    assert str(backend) == "native: CUDA attention, triton 3.9.0" and backend.on_gpu
+    capability = (9, 0)  # where Triton has the faster one; but whoever asks for ours gets it
+    assert choose(GPU).name == "triton" and "faster" in choose(GPU).refused["native"]
+    monkeypatch.setenv("G2R_BACKEND", "native")
+    assert choose(GPU).name == "native"
+    monkeypatch.delenv("G2R_BACKEND")
+    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: None)
+    backend = choose(GPU)
+    assert (backend.name, backend.on_gpu, backend.keeps_attended) == ("reference", False, False)
+    assert "pip install 'g2r-fast[gpu]'" in backend.refused["triton"]
+
+
+def test_the_interpreter_is_taken_only_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
+    monkeypatch.setattr("g2r_fast.backends.is_interpreted", lambda: True)
+    request = replace(SERVED, head_dim=24)  # no native kernels for it
+    monkeypatch.delenv("G2R_BACKEND", raising=False)
+    assert choose(request).name == "reference"
+    monkeypatch.setenv("G2R_BACKEND", "triton")
+    assert str(choose(request)) == "triton: triton 3.9.0 interpreted"
 
 
 def test_the_reference_alone_asks_for_nothing_to_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +192,6 @@ def test_the_autograd_engine_is_no_way_around_a_forced_backend(
         choose_engine(model, engine)
     told = str(caught.value)
     assert f"G2R_BACKEND={backend} cannot serve" in told
-    assert ("no kernel for these operations" in told) == (backend == "triton")
     assert ("model_type 'gpt2'" if engine == "auto" else "engine='autograd'") in told
     with pytest.raises(BackendError, match="engine='autograd'"):
         choose_engine(tiny_model("llama"), "autograd")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from g2r_fast import build_cache, building, native
-from g2r_fast.building import CORE, CPU_OPS
+from g2r_fast.building import CORE, CPU_OPS, CUDA_OPS
 from g2r_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,19 +63,19 @@ def load(part, build=True, use=lambda path: path):
 
 def test_each_part_is_made_of_its_own_files():
     folder = building.source_folder(ROOT / "g2r_fast")
-    core, ops = (
+    core, ops, cuda = (
         {path.relative_to(folder).as_posix() for path in part.files(folder)}
-        for part in (CORE, CPU_OPS)
+        for part in (CORE, CPU_OPS, CUDA_OPS)
     )
     assert {"core.cpp", "prefixes.h"} <= core
     assert {"torch_ops.cpp", "cpu/kernels.h", "cpu/dispatch.cpp"} <= ops
-    assert not core & ops
+    assert not core & ops and not cuda & (core | ops)
     everything = {
         path.relative_to(folder).as_posix()
-        for pattern in ("**/*.cpp", "**/*.h")
+        for pattern in ("**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh")
         for path in folder.glob(pattern)
     }
-    assert core | ops == everything, "a source that no library is made of"
+    assert core | ops | cuda == everything, "a source that no library is made of"
 
 
 def test_a_library_says_what_it_was_built_from(package, tmp_path):

@@ -26,9 +26,12 @@ with native.looking_only():
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in doctor.SETTINGS:
+    """Nothing is set, and there is no GPU, whichever machine this is."""
+    for name in (*doctor.SETTINGS, "TRITON_INTERPRET"):
         if name != "G2R_CACHE":  # a library that is only there still serves
             monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture

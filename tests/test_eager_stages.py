@@ -140,8 +140,9 @@ def test_attention(pattern: str, softcap: float, window: int | None) -> None:
     dk, dv = (q.new_empty(backward.rows, V, D) for _ in range(2))
     queries = backward_queries(plan, backward, saved_rows)
     ops.attention_backward(
-        REFERENCE, queries, q[saved_rows], k, v, lse[saved_rows], grad_out, dq, dk, dv, **options
-    )
+        REFERENCE, queries, q[saved_rows], k, v, None, lse[saved_rows], grad_out, dq, dk, dv,
+        **options,
+    )  # fmt: skip
     for sequence in range(len(plan.sequences)):
         rows = rows_of(plan, sequence)
         leaves = [x[rows].requires_grad_() for x in (q, k, v)]

@@ -315,8 +315,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(snapshot, wheel):
     expected = files(snapshot, "g2r_fast/**/*.py", "g2r_fast/tiny_judge/*", "g2r_fast/py.typed")
     expected |= files(snapshot, "g2r_fast/report_page/*")
     expected |= {f"g2r_fast/{path}" for path in files(snapshot, "kernels/*.py")}
-    expected |= {f"g2r_fast/{path}" for path in files(snapshot, "csrc/**/*.cpp", "csrc/**/*.h")}
-    built = re.compile(r"g2r_fast/_(core|cpu_ops)(\..*\.so|\.so|_missing\.txt)")
+    sources = files(snapshot, *(f"csrc/**/*.{suffix}" for suffix in ("cpp", "h", "cu", "cuh")))
+    expected |= {f"g2r_fast/{path}" for path in sources}
+    built = re.compile(r"g2r_fast/_(core|cpu_ops|cuda_ops)(\..*\.so|\.so|_missing\.txt)")
     held = {name for name in names if ".dist-info/" not in name and not built.fullmatch(name)}
     assert held == expected
     assert any(name.endswith(".safetensors") for name in held), "the tiny judge is missing"

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
 #include "kernels.h"
 

@@ -66,7 +66,7 @@ G2R_INLINE void accumulate(vf (&c)[M][N], const float* a, i64 row, i64 step, con
         for (int m = 0; m < M; m++) {
             const vf value = splat(a[m * row]);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) c[m][n] += value * columns[n];
+            for (int n = 0; n < N; n++) c[m][n] = multiply_add(value, columns[n], c[m][n]);
         }
     }
 }

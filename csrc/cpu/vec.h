@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if G2R_WIDTH == 16
+#if G2R_WIDTH >= 8
 #include <immintrin.h>
 #endif
 
@@ -145,6 +145,19 @@ G2R_INLINE float largest(vf v) {
     for (int step = kWidth / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) x[i] = larger(x[i], x[i + step]);
     return x[0];
+}
+
+// a * b + c, rounded once wherever the instruction set can. Said in so many words, as a compiler
+// may round twice where it finds that faster (GCC 13 does, in a tile of one row): a row's sums must
+// not depend on how many rows there are.
+G2R_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if G2R_WIDTH == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif G2R_WIDTH == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
 }
 
 G2R_INLINE vf choose(vi where, vf yes, vf no) { return where ? yes : no; }

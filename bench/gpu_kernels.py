@@ -1,0 +1,633 @@
+"""The GPU kernels one by one: against flash attention, and against the copy bandwidth of this run.
+
+A kernel is timed once its answer is right: attention against flash attention over the same rows
+(or, on a CPU, plain PyTorch), every row kernel against its line of PyTorch. Times are GPU times
+from events, with the L2 cache written over in between.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.flash import Lengths, attend, route
+from bench.gpu_ceilings import seconds_of
+from bench.workload import make_workload
+from g2r_fast.plan import PackedPlan, PackedSequence
+from g2r_fast.tables import backward_queries, forward_queries
+
+__all__ = ["ATTENTION_CASES", "AttentionCase", "attention", "row_kernels", "sweep"]
+
+# Both sides round probabilities and their gradients to bfloat16, at other places.
+BFLOAT16_LIMIT = 0.02
+FLOAT32_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    prompt: int
+    response: tuple[int, int]
+    tail: int = 64
+    group_size: int = 8
+    items: int = 8
+
+
+ATTENTION_CASES = {
+    "7b, prompt 512": AttentionCase(28, 4, 128, 512, (300, 600)),
+    "1.5b, prompt 512": AttentionCase(12, 2, 128, 512, (300, 600)),
+    "7b, prompt 8192, one response": AttentionCase(28, 4, 128, 8192, (512, 512), group_size=1),
+    "1.5b, prompt 2048": AttentionCase(12, 2, 128, 2048, (300, 600)),
+}
+SMALL = AttentionCase(4, 2, 16, 20, (5, 9), tail=3, group_size=2, items=2)
+
+
+class _Attention:
+    """Inputs of one case, what ours computes of them, and what flash attention does."""
+
+    def __init__(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> None:
+        workload = make_workload(
+            group_size=case.group_size, items=case.items, prompt=case.prompt,
+            response=case.response, tail=case.tail, true_share=1.0, vocab_size=50000,
+        )  # fmt: skip
+        self.plan = plan = PackedPlan.build(
+            [
+                PackedSequence(workload.sequence_ids(i, k), case.prompt)
+                for i, k in workload.judgements
+            ]
+        )
+        self.back = plan.backward(range(len(workload.judgements)))
+        live = [s for s in plan.segments if s.saved_row is not None]
+        saved = torch.cat([torch.arange(s.row, s.row + len(s)) for s in live])
+        self.forward_queries = forward_queries(plan)
+        self.backward_queries = backward_queries(plan, self.back, saved)
+        self.dtype, self.device, self.case = dtype, device, case
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(rows: int, heads: int) -> Tensor:
+            shape = (rows, heads, case.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        def empty(rows: int, heads: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(rows, heads, case.head_dim, dtype=dtype, device=device)
+
+        self.q = draw(plan.rows, case.heads) * case.head_dim**-0.5
+        self.k, self.v = draw(plan.rows, case.kv_heads), draw(plan.rows, case.kv_heads)
+        self.out = empty(plan.rows, case.heads)
+        self.lse = torch.empty(plan.rows, case.heads, device=device)
+        self.saved = saved.to(device)
+        self.grad_out = draw(self.back.rows, case.heads)
+        self.dq = empty(self.back.rows, case.heads)
+        self.dk, self.dv = (empty(self.back.rows, case.kv_heads, torch.float32) for _ in range(2))
+        self._flash_forward_inputs()
+        self._flash_backward_inputs()
+
+    def _path(self, segment: Any) -> list[Any]:
+        return [*(self.plan.segments[i] for i in segment.path), segment]
+
+    def _rows(self, segments: Sequence[Any]) -> Tensor:
+        return torch.cat([torch.arange(s.row, s.row + len(s)) for s in segments])
+
+    def _flash_forward_inputs(self) -> None:
+        paths = [self._path(segment) for segment in self.plan.segments]
+        keys = [self._rows(path) for path in paths]
+        self.forward_keys = torch.cat(keys).to(self.device)
+        counts = [len(segment) for segment in self.plan.segments]
+        self.forward_lengths = Lengths(counts, [len(rows) for rows in keys], self.device)
+        self.forward_pairs = sum(
+            n * len(rows) - n * (n - 1) // 2 for n, rows in zip(counts, keys, strict=True)
+        )
+
+    def _flash_backward_inputs(self) -> None:
+        runs: dict[int, list[Any]] = {}
+        for run in self.back.runs:
+            runs.setdefault(run.segment, []).append(run)
+        queries, back, keys, alive = [], [], [], []
+        counts, lengths, first = [], [], 0
+        self.queries_pairs = self.keys_pairs = 0
+        for lane in range(len(self.plan.leaves)):
+            path = [*self.plan.segments[self.plan.leaves[lane]].path, self.plan.leaves[lane]]
+            segments = [self.plan.segments[i] for i in path]
+            rows = self._rows(segments)
+            mine = 0
+            for index, segment in zip(path, segments, strict=True):
+                for run in runs.get(index, []):
+                    if lane not in run.lanes:
+                        continue
+                    tokens = torch.arange(run.tokens)
+                    queries.append(segment.row + run.start - segment.start + tokens)
+                    back.append(run.row + tokens * len(run.lanes) + run.lanes.index(lane))
+                    mine += run.tokens
+            keys.append(rows)
+            alive.append(torch.arange(first + len(rows) - mine, first + len(rows)))
+            first += len(rows)
+            counts.append(mine)
+            lengths.append(len(rows))
+            self.queries_pairs += mine * len(rows) - mine * (mine - 1) // 2
+            self.keys_pairs += mine * (mine + 1) // 2
+        self.query_rows, self.back_rows, self.key_rows, self.alive = (
+            torch.cat(rows).to(self.device) for rows in (queries, back, keys, alive)
+        )
+        self.backward_lengths = Lengths(counts, lengths, self.device)
+
+    # --- ours -------------------------------------------------------------------------------------
+
+    def forward(self, module: Any, **options: Any) -> None:
+        module.attention_forward(
+            self.forward_queries, self.q, self.k, self.v, self.out, self.lse,
+            window=None, softcap=0.0, **options,
+        )  # fmt: skip
+
+    def keep(self) -> None:
+        """What the backward reads, as the engine keeps it."""
+        self.q_saved, self.out_saved = self.q[self.saved], self.out[self.saved]
+        self.lse_saved = self.lse[self.saved]
+
+    def backward(self, module: Any, **options: Any) -> None:
+        takes_out = "out" in inspect.signature(module.attention_backward).parameters
+        outs = [self.out_saved] if takes_out else []
+        module.attention_backward(
+            self.backward_queries, self.q_saved, self.k, self.v, *outs, self.lse_saved,
+            self.grad_out, self.dq, self.dk, self.dv, window=None, softcap=0.0, **options,
+        )  # fmt: skip
+
+    # --- theirs -----------------------------------------------------------------------------------
+
+    def flash_forward(self) -> Callable[[], Tensor]:
+        k, v = self.k[self.forward_keys], self.v[self.forward_keys]
+        return lambda: attend(self.q, k, v, self.forward_lengths, 1.0)
+
+    def flash_backward(self) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]:
+        inputs = [
+            x[rows].requires_grad_()
+            for x, rows in (
+                (self.q, self.query_rows), (self.k, self.key_rows), (self.v, self.key_rows)
+            )
+        ]  # fmt: skip
+        with torch.enable_grad():
+            out = attend(inputs[0], inputs[1], inputs[2], self.backward_lengths, 1.0)
+        grad = self.grad_out[self.back_rows]
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), inputs
+
+    def errors(self, forward: Tensor, grads: Sequence[Tensor]) -> dict[str, float]:
+        dq, dk, dv = grads
+        pairs = {
+            "out": (self.out, forward),
+            "dq": (self.dq[self.back_rows], dq),
+            "dk": (self.dk[self.back_rows], dk[self.alive]),
+            "dv": (self.dv[self.back_rows], dv[self.alive]),
+        }
+        return {
+            name: float((have.float() - want.float()).norm() / want.float().norm())
+            for name, (have, want) in pairs.items()
+        }
+
+
+def _modules(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {"eager": "g2r_fast.eager.attention"}
+    return {"triton": "g2r_fast.triton_attention", "native": "g2r_fast.cuda_attention"}
+
+
+def attention(
+    case: AttentionCase, device: torch.device | str, *, repeats: int = 10
+) -> dict[str, Any]:
+    """Milliseconds of forward and backward, ours and flash attention's over the same rows."""
+    device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    limit = BFLOAT16_LIMIT if device.type == "cuda" else FLOAT32_LIMIT
+    at = _Attention(case, device, dtype)
+    flop = 2 * case.heads * case.head_dim / 1e12
+    found: dict[str, Any] = {
+        "flash": route(device, dtype, case.heads // case.kv_heads, case.head_dim),
+        "forward_rows": at.plan.rows,
+        "backward_rows": at.back.rows,
+    }
+    theirs = at.flash_forward()
+    flash_out = theirs()
+    their_forward = statistics.median(seconds_of(theirs, device, repeats=repeats, flush=True))
+    found["flash_forward_ms"] = their_forward * 1e3
+    backwards, _ = at.flash_backward()
+    grads = backwards()
+    their_backward = statistics.median(seconds_of(backwards, device, repeats=repeats, flush=True))
+    found["flash_backward_ms"] = their_backward * 1e3
+    for name, path in _modules(device).items():
+        try:
+            found[name] = entry = {}
+            module = importlib.import_module(path)
+            at.forward(module)
+            at.keep()
+            at.backward(module)
+            errors = at.errors(flash_out, grads)
+            entry["errors"] = errors
+            if not max(errors.values()) <= limit:
+                entry["refused"] = f"errors against flash attention above {limit}"
+                continue
+            forward = statistics.median(
+                seconds_of(lambda m=module: at.forward(m), device, repeats=repeats, flush=True)  # type: ignore[misc]
+            )
+            backward = statistics.median(
+                seconds_of(lambda m=module: at.backward(m), device, repeats=repeats, flush=True)  # type: ignore[misc]
+            )
+            entry |= {
+                "forward_ms": forward * 1e3,
+                "forward_tflop_per_s": 2 * flop * at.forward_pairs / forward,
+                "forward_times_faster": their_forward / forward,
+                "backward_ms": backward * 1e3,
+                "backward_required_tflop_per_s": flop
+                * (3 * at.queries_pairs + 2 * at.keys_pairs)
+                / backward,
+                "backward_times_faster": their_backward / backward,
+            }
+            if name == "triton":
+                entry |= _halves(at, device, repeats, their_backward)
+        except Exception as error:
+            found[name]["not_measured"] = _short(error)
+    return found
+
+
+def _halves(
+    at: _Attention, device: torch.device, repeats: int, their_backward: float
+) -> dict[str, float]:
+    """The two launches of the Triton backward apart: dQ alone, and the own block's dK and dV."""
+    queries, keys = _launches(at)
+    first = statistics.median(seconds_of(queries, device, repeats=repeats, flush=True))
+    second = statistics.median(seconds_of(keys, device, repeats=repeats, flush=True))
+    return {
+        "dq_only_ms": first * 1e3,
+        "dq_only_times_faster": their_backward / first,
+        "own_block_ms": second * 1e3,
+    }
+
+
+def _default_config(op: str, q: Tensor) -> Any:
+    from g2r_fast.kernels.configs import attention_config
+
+    extra = [0.0] if len(inspect.signature(attention_config).parameters) > 2 else []
+    return attention_config(op, q, *extra)
+
+
+def _launches(
+    at: _Attention, for_queries: Any = None, for_keys: Any = None
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    from g2r_fast.kernels.attention_backward_keys import attention_backward_keys
+    from g2r_fast.kernels.attention_backward_queries import attention_backward_queries
+
+    from g2r_fast.device_tables import backward_tiles
+
+    for_queries = for_queries or _default_config("queries", at.q)
+    for_keys = for_keys or _default_config("keys", at.q)
+    group = at.case.heads // at.case.kv_heads
+    tiles = backward_tiles(at.backward_queries, group, for_queries.rows, for_keys.keys, at.device)
+    delta = torch.empty(at.grad_out.shape[:2], device=at.device)
+    options: dict[str, Any] = {"window": None, "softcap": 0.0}
+
+    def queries() -> None:
+        attention_backward_queries(
+            tiles, at.q_saved, at.k, at.v, at.out_saved, at.lse_saved, at.grad_out, at.dq, delta,
+            config=for_queries, **options,
+        )  # fmt: skip
+
+    def keys() -> None:
+        attention_backward_keys(
+            tiles, at.q_saved, at.k, at.v, at.lse_saved, at.grad_out, delta, at.dk, at.dv,
+            config=for_keys, **options,
+        )  # fmt: skip
+
+    queries()  # which writes delta
+    return queries, keys
+
+
+# --- the table of configurations ------------------------------------------------------------------
+
+TILES = {  # rows, keys
+    "forward": [(64, 64), (128, 32), (128, 64), (128, 128), (64, 128)],
+    "queries": [(64, 32), (64, 64), (128, 32), (128, 64), (64, 128)],
+    "keys": [(32, 64), (64, 64), (32, 128), (64, 128), (128, 64)],
+}
+
+
+def sweep(
+    case: AttentionCase,
+    device: torch.device | str,
+    *,
+    ops: Sequence[str] = ("forward", "queries", "keys"),
+    warps: Sequence[int] = (4, 8),
+    stages: Sequence[int] = (1, 2, 3),
+    log: Callable[[str], None] = print,
+    another: Callable[[], bool] = lambda: True,
+) -> dict[str, list[dict[str, Any]]]:
+    """Milliseconds of every launch configuration of the Triton attention kernels, best first.
+
+    A configuration with another answer than the shipped one's, or that does not compile, says so.
+    """
+    device = torch.device(device)
+    at = _Attention(case, device, torch.bfloat16)
+    module = importlib.import_module("g2r_fast.triton_attention")
+    at.forward(module)
+    at.keep()
+    at.backward(module)
+    right = {name: getattr(at, name).clone() for name in ("out", "dq", "dk", "dv")}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for op in ops:
+        rows: list[dict[str, Any]] = []
+        shipped = _default_config(op, at.q)
+        candidates = [shipped, *_candidates(shipped, TILES[op], warps, stages)]
+        for config in candidates:
+            if not another():
+                break
+            entry = {
+                name: getattr(config, name) for name in ("rows", "keys", "num_warps", "num_stages")
+            }
+            entry["shipped"] = config is shipped
+            try:
+                run = _launch(at, module, op, config)
+                run()
+                written = {"forward": ("out",), "queries": ("dq",), "keys": ("dk", "dv")}[op]
+                for name in written:
+                    want = right[name].float()
+                    error = float((getattr(at, name).float() - want).norm() / want.norm())
+                    if not error < BFLOAT16_LIMIT:
+                        raise ArithmeticError(f"{name} differs by {error:.1e}")
+                seconds = seconds_of(run, device, repeats=8, warm=2, flush=True)
+                entry["ms"] = statistics.median(seconds) * 1e3
+            except Exception as error:
+                entry["not_measured"] = _short(error)
+            rows.append(entry)
+            log(f"{op}: {entry}")
+        found[op] = sorted(rows, key=lambda entry: entry.get("ms", float("inf")))
+    return found
+
+
+def _candidates(
+    shipped: Any,
+    tiles: Sequence[tuple[int, int]],
+    warps: Sequence[int],
+    stages: Sequence[int],
+) -> Iterator[Any]:
+    for (rows, keys), count, depth in itertools.product(tiles, warps, stages):
+        config = replace(shipped, rows=rows, keys=keys, num_warps=count, num_stages=depth)
+        if config != shipped:
+            yield config
+
+
+def _launch(at: _Attention, module: Any, op: str, config: Any) -> Callable[[], None]:
+    if op == "forward":
+        return lambda: at.forward(module, config=config)
+    if op == "queries":
+        return _launches(at, for_queries=config)[0]
+    return _launches(at, for_keys=config)[1]
+
+
+# --- row kernels ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A call, the bytes it cannot avoid, and tensors it writes with what they must be."""
+
+    run: Callable[[], Any]
+    bytes: float
+    check: Callable[[], list[tuple[Tensor, Tensor]]]
+
+
+def row_kernels(
+    device: torch.device | str, copy_gb_per_s: float | None, *, small: bool = False
+) -> dict[str, Any]:
+    """GB/s of every row kernel in the sizes of a 7B model, and their share of the copy's."""
+    device = torch.device(device)
+    found: dict[str, Any] = {}
+    for name, make in _ROWS.items():
+        try:
+            row = make(device, small)
+            row.run()
+            for have, want in row.check():
+                error = float((have.float() - want.float()).norm() / want.float().norm())
+                if not error < 0.01:
+                    raise ArithmeticError(f"relative error {error:.1e}: not timed")
+            seconds = seconds_of(row.run, device, repeats=2 if small else 20, flush=True)
+            rate = row.bytes / statistics.median(seconds) / 1e9
+            found[name] = {
+                "ms": statistics.median(seconds) * 1e3,
+                "gb_per_s": round(rate, 1),
+                "share_of_copy": round(rate / copy_gb_per_s, 3) if copy_gb_per_s else None,
+            }
+        except Exception as error:
+            found[name] = {"not_measured": _short(error)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+
+
+def _sizes(small: bool) -> tuple[int, int, int]:
+    """Rows, hidden and MLP width."""
+    return (5, 64, 96) if small else (16384, 3584, 18944)
+
+
+def _draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _index(device: torch.device, rows: int) -> Tensor:
+    return torch.arange(rows, dtype=torch.int32, device=device)
+
+
+def _rms_norm(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.rms_norm import rms_norm
+
+    rows, width, _ = _sizes(small)
+    x, delta = _draw(device, rows, width, dtype=torch.float32), _draw(device, rows, width)
+    weight, out, normed = _draw(device, width), torch.empty_like(delta), torch.empty_like(delta)
+    rstd = torch.empty(rows, device=device)
+    index = _index(device, rows)
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        want = torch.nn.functional.rms_norm(x, (width,), weight.float(), 1e-6)
+        return [(out, want)]
+
+    return _Row(
+        lambda: rms_norm(x, weight, index, out, normed, rstd, eps=1e-6, delta=delta),
+        rows * width * (4 + 4 + 2 + 2 + 2),
+        check,
+    )
+
+
+def _rms_norm_backward(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.rms_norm_backward import rms_norm_backward
+
+    rows, width, _ = _sizes(small)
+    grad = _draw(device, rows, width, dtype=torch.float32)
+    weight, normed = _draw(device, width), _draw(device, rows, width)
+    rstd, dx = torch.rand(rows, device=device), torch.zeros(rows, width, device=device)
+    rounded, index = torch.empty_like(normed), _index(device, rows)
+    g = grad * weight
+    want = rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return _Row(
+        lambda: rms_norm_backward(grad, weight, index, normed, rstd, dx, rounded),
+        rows * width * (4 + 2 + 8 + 2),
+        lambda: [(dx, want), (rounded, want)],
+    )
+
+
+def _gated(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.gated import gated
+
+    rows, _, width = _sizes(small)
+    gate, up = _draw(device, rows, width), _draw(device, rows, width)
+    out, d_gate, d_up = (torch.empty_like(gate) for _ in range(3))
+    index = _index(device, rows)
+    return _Row(
+        lambda: gated(gate, up, index, out, d_gate, d_up),
+        rows * width * 2 * 5,
+        lambda: [
+            (out, torch.nn.functional.silu(gate.float()) * up),
+            (d_up, torch.nn.functional.silu(gate.float())),
+        ],
+    )
+
+
+def _gated_backward(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.gated_backward import gated_backward
+
+    rows, _, width = _sizes(small)
+    grad, d_gate, d_up = (_draw(device, rows, width) for _ in range(3))
+    out, index = grad.new_empty(rows, 2, width), _index(device, rows)
+    return _Row(
+        lambda: gated_backward(grad, index, d_gate, d_up, out),
+        rows * width * 2 * 5,
+        lambda: [(out[:, 0], grad.float() * d_gate), (out[:, 1], grad.float() * d_up)],
+    )
+
+
+def _head_sizes(small: bool) -> tuple[int, int, int, int]:
+    return (5, 4, 2, 16) if small else (32768, 28, 4, 128)
+
+
+def _heads(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.heads import heads
+
+    rows, count, kv, width = _head_sizes(small)
+    source = _draw(device, rows, (count + 2 * kv) * width)
+    cos, sin = (torch.rand(rows, width // 2, device=device) for _ in range(2))
+    q = source.new_empty(rows, count, width)
+    k, v = source.new_empty(rows, kv, width), source.new_empty(rows, kv, width)
+    index = _index(device, rows)
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        first, second = source[:, : count * width].float().view_as(q).chunk(2, -1)
+        c, s = cos[:, None], sin[:, None]
+        want = torch.cat([first * c - second * s, second * c + first * s], -1)
+        return [(q, want), (v, source[:, -kv * width :].view_as(v))]
+
+    return _Row(
+        lambda: heads(source, cos, sin, index, q=q, k=k, v=v),
+        2 * source.numel() * 2 + 2 * cos.numel() * 4,
+        check,
+    )
+
+
+def _heads_backward(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.heads_backward import heads_backward
+
+    rows, count, kv, width = _head_sizes(small)
+    dq = _draw(device, rows, count, width)
+    dk, dv = (_draw(device, rows, kv, width, dtype=torch.float32) for _ in range(2))
+    cos, sin = (torch.rand(rows, width // 2, device=device) for _ in range(2))
+    out = dq.new_empty(rows, (count + 2 * kv) * width)
+    index = _index(device, rows)
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        first, second = dq.float().chunk(2, -1)
+        c, s = cos[:, None], sin[:, None]
+        want = torch.cat([first * c + second * s, second * c - first * s], -1)
+        return [(out[:, : count * width], want.flatten(1)), (out[:, -kv * width :], dv.flatten(1))]
+
+    return _Row(
+        lambda: heads_backward(cos, sin, index, out, dq=dq, dk=dk, dv=dv),
+        dq.numel() * 2 + dk.numel() * 8 + out.numel() * 2 + 2 * cos.numel() * 4,
+        check,
+    )
+
+
+def _row_dot(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.row_dot import row_dot
+
+    rows, width, _ = _sizes(small)
+    lanes = 8
+    grad = _draw(device, rows, width, dtype=torch.float32)
+    embed = _draw(device, -(-rows // lanes), width)
+    row_map = _index(device, rows) // lanes
+    out = torch.empty(rows, device=device)
+    return _Row(
+        lambda: row_dot(grad, embed, row_map, out=out),
+        grad.numel() * 4 + embed.numel() * 2,
+        lambda: [(out, (grad * embed[row_map.long()]).sum(-1))],
+    )
+
+
+def _attribution(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.attribution import attribution
+
+    judgements, tokens = (3, 7) if small else (64, 450)
+    width = _sizes(small)[1]
+    rows = judgements * tokens
+    grads, embed = _draw(device, rows, width, dtype=torch.float32), _draw(device, tokens, width)
+    scores: list[Tensor] = []
+    starts = [tokens * j for j in range(judgements)]
+    row_map = _index(device, tokens).repeat(judgements)
+
+    def run() -> None:
+        b, _, _ = attribution(
+            grads, [tokens] * judgements, [1.0] * judgements, starts, rows, starts,
+            [1] * judgements, 1.0, True, embed, row_map,
+        )  # fmt: skip
+        scores[:] = [b]
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        return [(scores[0], (grads * embed.repeat(judgements, 1)).sum(-1))]
+
+    return _Row(run, grads.numel() * 4 + embed.numel() * 2, check)
+
+
+def _log_probabilities(device: torch.device, small: bool) -> _Row:
+    from g2r_fast.kernels.log_probabilities import log_probabilities
+
+    rows, words = (3, 500) if small else (2048, 152064)
+    logits = _draw(device, rows, words)
+    ids = torch.arange(rows, device=device)
+    found: list[Tensor] = []
+
+    def run() -> None:
+        found[:] = [log_probabilities(logits, ids).logp]
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        return [(found[0], logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0])]
+
+    return _Row(run, logits.numel() * 2, check)
+
+
+_ROWS: dict[str, Callable[[torch.device, bool], _Row]] = {
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "gated": _gated,
+    "gated_backward": _gated_backward,
+    "heads": _heads,
+    "heads_backward": _heads_backward,
+    "row_dot": _row_dot,
+    "attribution": _attribution,
+    "log_probabilities": _log_probabilities,
+}
