@@ -6,7 +6,8 @@
 
     build       the native parts, in place
     tests       the whole suite, on all cores where pytest-xdist is there
-    sanitize    compute-sanitizer's four tools over every kernel in small sizes (bench/gpu_small.py)
+    sanitize    compute-sanitizer's four tools over the CUDA kernels (tests/cpp/cuda_small.cu), and
+                its memcheck over every kernel, in small sizes (bench/gpu_small.py)
     bench       ceilings, the engine against every rival, the kernels (bench/gpu_bench.py)
     sweep       every launch configuration; not among the parts by default
 
@@ -28,15 +29,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from g2r_fast import building
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "tests", "sanitize", "bench", "sweep")
 DEFAULT = "build,tests,sanitize,bench"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CUDA_SMALL = ("csrc/cuda/attention.cu", "tests/cpp/cuda_small.cu")
 SECONDS = {"build": 240.0, "tests": 480.0, "sanitize": 300.0}
 FATAL_AGAIN = 4  # starts of the benchmarks after faults that end their process
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest", "pytest-xdist")
@@ -190,20 +195,57 @@ def sanitize(run: Runner, options: argparse.Namespace) -> None:
     if shutil.which("compute-sanitizer") is None:
         run.fail("sanitize: no compute-sanitizer here")
         return
+    deadline = time.perf_counter() + SECONDS["sanitize"]
+    tools = options.tools.split(",")
+    _sanitize_cuda(run, tools, deadline)
     # Memory of its own for every tensor: in torch's pool nothing is ever out of bounds.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = [run.python, "-m", "bench.gpu_small"]
-    status = run.command("sanitize", small, 120, environment)  # compiles, and fills Triton's cache
-    if status:
-        run.fail(f"sanitize: without a tool: exit status {status}")
-    deadline = time.perf_counter() + SECONDS["sanitize"]
-    for number, tool in enumerate(options.tools.split(",")):
-        left = (deadline - time.perf_counter()) / (len(options.tools.split(",")) - number)
-        words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "77",
-                 "--print-limit", "20", *small]  # fmt: skip
-        status = run.command("sanitize", words, left, environment)
-        if status:
-            run.fail(f"sanitize: {tool}: {_meaning(status)}")
+    # Compiles, and fills Triton's cache.
+    if status := run.command("sanitize", small, 120, environment):
+        run.fail(f"sanitize: without a tool: {_meaning(status)}")
+    if "memcheck" in tools:
+        _under(run, "memcheck", small, max(60.0, deadline - time.perf_counter()), environment)
+
+
+def _sanitize_cuda(run: Runner, tools: Sequence[str], deadline: float) -> None:
+    nvcc = building.find_nvcc()
+    if nvcc is None:
+        run.fail("sanitize: no nvcc here: no tool ran over the CUDA kernels")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder, "cuda_small"))
+        words = [nvcc, "-O3", "-std=c++17", "-lineinfo", _architecture(), "--cudart=static",
+                 "-Icsrc/cuda", *CUDA_SMALL, "-o", program]  # fmt: skip
+        for what, command in (("does not compile", words), ("without a tool", [program])):
+            if status := run.command("sanitize", command, 120):
+                run.fail(f"sanitize: cuda_small {what}: {_meaning(status)}")
+                return
+        for number, tool in enumerate(tools):
+            # The last part of the time is for what comes behind.
+            left = (deadline - time.perf_counter()) / (len(tools) - number + 1)
+            extra = ["--uninitialised"] if tool == "initcheck" else []
+            _under(run, tool, [program, *extra], left)
+
+
+def _under(
+    run: Runner,
+    tool: str,
+    program: Sequence[str],
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "77",
+             "--print-limit", "20", *program]  # fmt: skip
+    if status := run.command("sanitize", words, seconds, environment):
+        run.fail(f"sanitize: {tool}: {Path(program[0]).name}: {_meaning(status)}")
+
+
+def _architecture() -> str:
+    """nvcc's option for the card that is here."""
+    said = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    number = (said or "").split("\n")[0].strip().replace(".", "")
+    return f"-arch=sm_{number}" if number.isdigit() else "-arch=native"
 
 
 def _meaning(status: int) -> str:

@@ -120,7 +120,10 @@ class _Run:
         cases = {"small": gpu_kernels.SMALL} if small else gpu_kernels.ATTENTION_CASES
         first, *others = cases
         self.piece("kernels", f"attention, {first}", lambda: self._attention(cases[first]))
-        # Two fifths of the time are kept for what comes behind the first two scenarios.
+        self.piece(
+            "kernels", "rows", lambda: gpu_kernels.row_kernels(self.device, copy, small=small)
+        )
+        # Every scenario may use a share of the time that is left.
         rest = sum(WEIGHTS.get(name, 1.0) for name in GPU_SCENARIOS)
         for name, scenario in GPU_SCENARIOS.items():
             chosen = rehearsal(scenario) if small else scenario
@@ -134,12 +137,9 @@ class _Run:
                     deadline=time.perf_counter() + (2.0 if small else share),
                     gflops=gflops,
                     log=lambda line: _log(f"{name}: {line}"),
-                    repetitions=2 if small else 7,
+                    repetitions=2 if small else 4,
                 ),
             )
-        self.piece(
-            "kernels", "rows", lambda: gpu_kernels.row_kernels(self.device, copy, small=small)
-        )
         for name in others:
             self.piece("kernels", f"attention, {name}", lambda n=name: self._attention(cases[n]))  # type: ignore[misc]
         for name, (model, dtype, rows) in ACTIVATIONS.items():

@@ -187,6 +187,10 @@ def _swapped(model: PreTrainedModel, inside: bool) -> Iterator[Callable[..., Ten
         for module in replaced:
             del module.forward
         model.set_attn_implementation(before)
+        for packing in running:  # nodes of a graph know it, and it knows their results: a cycle
+            packing.kept.clear()
+            packing.grads.clear()
+            packing.front = None
 
 
 def tokens_that_fit(model: PreTrainedModel) -> int:

@@ -24,6 +24,7 @@ from bench.scenarios import GPU_SCENARIOS, SCENARIOS
 __all__ = [
     "documents",
     "marked_tables",
+    "median_ratio",
     "paired_ratio",
     "render",
     "result_name",
@@ -44,6 +45,14 @@ def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | No
         return None
     pairs = list(zip(rivals[slower]["seconds"], rivals[faster]["seconds"], strict=False))
     return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def median_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:
+    """Median seconds of one over median seconds of the other, for repetitions in blocks."""
+    times = [result["rivals"].get(name, {}).get("seconds") for name in (slower, faster)]
+    if not all(times):
+        return None
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def table(result: dict[str, Any], title: str) -> str:
@@ -72,8 +81,9 @@ def table(result: dict[str, Any], title: str) -> str:
     ]
     for name, entry in result["rivals"].items():
         seconds = entry["seconds"]
-        against_loop = paired_ratio(result, "loop", name)
-        against_ours = paired_ratio(result, name, "ours")
+        ratio = median_ratio if "clocks" in result else paired_ratio
+        against_loop = ratio(result, "loop", name)
+        against_ours = ratio(result, name, "ours")
         lines.append(
             row.format(
                 entry["title"],

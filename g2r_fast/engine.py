@@ -103,23 +103,21 @@ class PackedEngine:
             backends_refused=dict(backend.refused),
         )
         logger.info("packed engine: backend %s", backend)
-        if max_tokens is None:
-            max_tokens = self._budget(sequences)
-            logger.info("packed engine: max_tokens=%d from free memory", max_tokens)
-        queue = deque(micro_batches(sequences, max_tokens))
-        limit = max_tokens
+        limit, weights = (max_tokens, (1, 1)) if max_tokens is not None else self._budget(sequences)
+        queue = deque(micro_batches(sequences, limit, weights))
         while queue:
             chosen = queue.popleft()
             names = sorted(chosen)
             plan = PackedPlan.build([sequences[i] for i in names])
-            rows = plan.rows + plan.backward_rows
+            needed = weights[0] * plan.rows + weights[1] * plan.backward_rows
             backward_rows = None
-            if rows <= limit or len(chosen) == 1:
+            if needed <= limit or len(chosen) == 1:
                 logger.info("packed engine: %s", plan.describe(self.decoder.shape))
                 backward_rows = self._attempt(plan, _Renamed(signal, names))
                 if backward_rows is None:
                     torch.cuda.empty_cache()
-                    limit = _after_running_out(rows, sequences, chosen)
+                    _after_running_out(plan, sequences, chosen)
+                    limit = needed // 2
             if backward_rows is None:
                 half = len(chosen) // 2
                 queue.extendleft([chosen[half:], chosen[:half]])
@@ -138,12 +136,15 @@ class PackedEngine:
         except torch.cuda.OutOfMemoryError:
             return None
 
-    def _budget(self, sequences: Sequence[PackedSequence]) -> int:
-        """Rows that fit into a share of the free memory, at least the longest sequence."""
-        shape = self.decoder.shape
-        free = _free_bytes(self.decoder.weights.device)
-        rows = min(_MAX_ROWS, int(free * _MEMORY_SHARE / _bytes_per_row(shape)))
-        return max(rows, max((len(s.input_ids) + s.backward_rows for s in sequences), default=1))
+    def _budget(self, sequences: Sequence[PackedSequence]) -> tuple[int, tuple[int, int]]:
+        """A share of the free memory, at least what the longest sequence needs, in bytes; and the
+        bytes of a forward row, which is kept, and of a backward row, which is not."""
+        forward, backward = weights = _bytes_per_row(self.decoder.shape)
+        free = int(_free_bytes(self.decoder.weights.device) * _MEMORY_SHARE)
+        limit = min(free, _MAX_ROWS * forward)
+        logger.info("packed engine: %d forward rows fit into the free memory", limit // forward)
+        alone = (forward * len(s.input_ids) + backward * s.backward_rows for s in sequences)
+        return max(limit, max(alone, default=1)), weights
 
 
 class _Renamed:
@@ -170,9 +171,10 @@ class _Renamed:
 
 
 def _after_running_out(
-    rows: int, sequences: Sequence[PackedSequence], chosen: Sequence[int]
-) -> int:
-    """Rows to try next; raises where it was one sequence already."""
+    plan: PackedPlan, sequences: Sequence[PackedSequence], chosen: Sequence[int]
+) -> None:
+    """Warns that half as much is tried next; raises where it was one sequence already."""
+    rows = plan.rows + plan.backward_rows
     if len(chosen) == 1:
         raise InputError(
             "out of CUDA memory with a single sequence",
@@ -183,14 +185,14 @@ def _after_running_out(
     warnings.warn(
         f"out of CUDA memory: going on with max_tokens={rows // 2}", ResourceWarning, stacklevel=4
     )
-    return rows // 2
 
 
-def _bytes_per_row(shape: DecoderShape) -> int:
-    """Saved activations of one row in all layers, and one row's gradients within a layer."""
+def _bytes_per_row(shape: DecoderShape) -> tuple[int, int]:
+    """Of a forward row, its saved activations in all layers; of each, its gradients or residuals
+    within a layer. What lies between two products within a layer is bounded by itself."""
     one = PackedPlan.build([PackedSequence([0], 0)])
-    gradients = 8 * max(shape.hidden, shape.heads * shape.head_dim) * shape.stat_itemsize
-    return one.saved_bytes(shape) + gradients
+    within = 8 * max(shape.hidden, shape.heads * shape.head_dim) * shape.stat_itemsize
+    return one.saved_bytes(shape) + within, within
 
 
 def _free_bytes(device: torch.device) -> int:

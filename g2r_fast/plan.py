@@ -335,15 +335,19 @@ class PackedPlan:
 
 
 def micro_batches(
-    sequences: Sequence[PackedSequence], max_tokens: int | None
+    sequences: Sequence[PackedSequence],
+    max_tokens: int | None,
+    weights: tuple[int, int] = (1, 1),
 ) -> Iterator[list[int]]:
     """Indices of the sequences that run together: forward + backward rows <= max_tokens.
 
     Sequences are taken in the trie's order, so what shares a prefix stays together; a prefix that
-    is cut in two is computed once in each part. Raises InputError where one sequence alone needs
-    more rows than max_tokens.
+    is cut in two is computed once in each part. With `weights` a forward and a backward row count
+    as that many tokens each. Raises InputError where one sequence alone needs more rows than
+    max_tokens.
     """
-    alone = [len(s.input_ids) + s.backward_rows for s in sequences]
+    forward, backward = weights
+    alone = [forward * len(s.input_ids) + backward * s.backward_rows for s in sequences]
     if max_tokens is None:
         max_tokens = sum(alone)
     for index, rows in enumerate(alone):
@@ -359,7 +363,7 @@ def micro_batches(
     rows = 0
     order, common = planner.in_trie_order([s.input_ids for s in sequences])
     for index, shared in zip(order, [0, *common], strict=False):
-        added = alone[index] - shared if batch else alone[index]
+        added = alone[index] - forward * shared if batch else alone[index]
         if rows + added > max_tokens:
             yield batch
             batch, rows, added = [], 0, alone[index]

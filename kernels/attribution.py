@@ -254,19 +254,20 @@ if triton is not None:
         flat = std == 0.0
         # One division for all: in float64 each takes a slow path of its own, and registers.
         factor = 1.0 / (tl.where(flat, 1.0, std) * temperature)
-        peak = tl.where(flat, 0.0, peak * factor)
+        # The difference first: of two scaled scores, one fused with its product, what is left of
+        # 1e300 may be anything.
         total = tl.zeros([BLOCK_S], dtype=tl.float64)
         for at in range(0, count, BLOCK_S):
             mask = at + slots < count
             b = tl.load(b_ptr + at + slots, mask=mask, other=0.0).to(tl.float64)
-            scaled = tl.where(flat, 0.0, b * factor)
-            total += tl.where(mask, tl.exp(scaled - peak), 0.0)
+            below = tl.where(flat, 0.0, (b - peak) * factor)
+            total += tl.where(mask, tl.exp(below), 0.0)
         share = 1.0 / tl.sum(total, axis=0)
         for at in range(0, count, BLOCK_S):
             mask = at + slots < count
             b = tl.load(b_ptr + at + slots, mask=mask, other=0.0).to(tl.float64)
-            scaled = tl.where(flat, 0.0, b * factor)
-            tl.store(alpha_ptr + at + slots, tl.exp(scaled - peak) * share, mask=mask)
+            below = tl.where(flat, 0.0, (b - peak) * factor)
+            tl.store(alpha_ptr + at + slots, tl.exp(below) * share, mask=mask)
 
 
 @dataclass(frozen=True)

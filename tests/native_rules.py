@@ -111,8 +111,9 @@ def limit_of(op: str, a: Arguments) -> float:
     differences = 2 if op.endswith("backward") else 1
     group = a["q"].shape[1] // a["k"].shape[1]
     keys = a["k"].double().repeat_interleave(group, 1)
-    largest = torch.einsum("qhd,khd->hqk", a["q"].double(), keys).abs().amax() if len(keys) else 0.0
-    return FLOAT32 * differences * max(1.0, float(largest) / 8)
+    scores = torch.einsum("qhd,khd->hqk", a["q"].double(), keys).abs()
+    largest = float(scores.max()) if scores.numel() else 0.0
+    return FLOAT32 * differences * max(1.0, largest / 8)
 
 
 def largest_terms(op: str, a: Arguments, name: str) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_calls import COMPILER
 
 from bench import flash, gpu, gpu_bench, gpu_kernels, gpu_scenarios, gpu_small, tables
 from bench.gate import GateError
@@ -184,6 +185,56 @@ def test_benchmarks_start_again_after_a_fatal_fault(tmp_path, monkeypatch):
     options = gpu.argparse.Namespace(minutes=6.0, only=None, rehearse=False)
     gpu.bench(run, options)
     assert next(statuses, None) is None and len(run.failed) == 1
+
+
+@pytest.mark.parametrize("nvcc", ["/cuda/nvcc", None])
+def test_every_tool_runs_over_the_cuda_kernels(tmp_path, monkeypatch, nvcc):
+    run, commands = runner(tmp_path), []
+
+    def command(part, words, seconds, environment=None, shown=30):
+        assert part == "sanitize" and seconds > 0
+        commands.append(words)
+        return 77 if "racecheck" in words else 0
+
+    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu.building, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(gpu, "_output", lambda words: "9.0\n")
+    gpu.sanitize(run, gpu.argparse.Namespace(tools=",".join(gpu.TOOLS)))
+    torch_part = [sys.executable, "-m", "bench.gpu_small"]
+    assert commands[-2] == torch_part and commands[-1][-3:] == torch_part
+    assert "memcheck" in commands[-1]
+    if nvcc is None:
+        assert len(commands) == 2 and len(run.failed) == 1
+        return
+    compiled, bare, *tools = commands[:-2]
+    assert compiled[0] == nvcc and "-arch=sm_90" in compiled and bare == compiled[-1:]
+    assert [words[2] for words in tools] == list(gpu.TOOLS)
+    assert all(bare[0] in words for words in tools)
+    assert ["--uninitialised" in words for words in tools] == [False, False, True, False]
+    assert run.failed == ["sanitize: racecheck: cuda_small: it found errors"]
+
+
+@pytest.fixture(scope="module")
+def cuda_small(tmp_path_factory):
+    """The program for compute-sanitizer with its kernels on the CPU."""
+    if COMPILER is None or sys.platform != "linux":
+        pytest.skip("the emulation is for Linux, and wants a C++ compiler")
+    program = tmp_path_factory.mktemp("cuda") / "cuda_small"
+    command = [str(COMPILER), "-O1", "-std=c++17", "-DG2R_EMULATE", "-Wall", "-Wextra", "-Wshadow",
+               "-Werror", "-Icsrc/cuda", "-Itests/cpp", "-pthread", "-x", "c++", *gpu.CUDA_SMALL,
+               "-o", str(program)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[:4000]
+    return str(program)
+
+
+def test_the_program_for_compute_sanitizer_finds_the_kernels_right(cuda_small):
+    words = [cuda_small, "--uninitialised", "bf16-dim64-group1-window77-softcap"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("1 cases on a cpu, 0 wrong\n")
+    assert subprocess.run([cuda_small, "no such case"], check=False).returncode == 1
 
 
 @pytest.mark.skipif(ON_GPU, reason="this machine has a GPU")

@@ -142,7 +142,7 @@ def test_a_record_the_library_refuses_costs_nothing_else(
     ("name", "value", "options"),
     [
         ("G2R_BACKEND", "bogus", ()),
-        ("G2R_BACKEND", "triton", ()),
+        ("G2R_BACKEND", "triton", ("--engine", "autograd")),
         ("G2R_BACKEND", "native", ("--engine", "autograd")),
         ("G2R_BUILD", "nonsense", ()),
     ],
