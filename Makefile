@@ -27,7 +27,7 @@ MINUTES ?= 6
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* tests/cpp/*.cpp tests/cpp/*.h bench/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* tests/cpp/*.cpp tests/cpp/*.h tests/cpp/*.cu bench/*.cpp)
 CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -65,12 +65,12 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info g2r_fast/_core*.so g2r_fast/_cpu_ops.so g2r_fast/*_missing.txt
+	rm -rf $(VENV) build dist *.egg-info g2r_fast/_core*.so g2r_fast/_cpu_ops.so g2r_fast/_cuda_ops.so g2r_fast/*_missing.txt
 
 setup: $(STAMP)
 
 # Once; again when the package's description or its compiled part changes.
-$(STAMP): pyproject.toml setup.py g2r_fast/building.py $(wildcard csrc/* csrc/cpu/*)
+$(STAMP): pyproject.toml setup.py g2r_fast/building.py $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "no Python >= 3.10 found; say make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \

@@ -36,7 +36,7 @@ __all__ = ["GPU_SCENARIOS", "compare_on_gpu", "gate_on_gpu", "rehearsal", "sampl
 # Timed in one repetition only, on a GPU: each takes as long as ten of ours, or longer.
 ONCE = ("slow_loop", "padded", "cached_loop_simple", "ours_reference")
 
-# Seconds from which one timed repetition has to do.
+# Seconds from which one run is all that is timed.
 SLOW = 1.5
 
 # A verdict's log-probability: one rounding of bfloat16 is allowed whatever the loop's error was,
@@ -167,24 +167,26 @@ def _repeat(
 ) -> None:
     """Blocks of one rival each, all rivals in one order and then in the other, while there is time.
 
-    A block begins with a run that is not timed, as the allocator's cache is the last rival's; of a
-    rival that takes long it is the run of the gate and one more.
+    The first run of a block is not timed, as the allocator's cache is the last rival's, unless it
+    takes so long that it is the only one.
     """
     names = [name for name in measured if name not in ONCE]
     for order in (names, names[::-1]):
         for name in order:
             entry = measured[name]
-            slow = entry["first_seconds"] > SLOW
-            if entry["seconds"] and (slow or _left(deadline) < 5 * min(entry["seconds"])):
+            done = entry["seconds"]
+            if done and (min(done) > SLOW or _left(deadline) < (1 + repetitions) * min(done)):
                 continue
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            for n in range(1 if slow else 1 + repetitions):
+            for number in range(1 + repetitions):
                 seconds, peak, _ = _timed(model, lambda n=name: RIVALS[n].run(model, workload))  # type: ignore[misc]
-                if slow or n:
-                    entry["seconds"].append(seconds)
+                if number or seconds > SLOW:
+                    done.append(seconds)
                     entry["peak_bytes"] = peak
+                if seconds > SLOW:
+                    break
     for name in names:
         median = statistics.median(measured[name]["seconds"])
         log(f"{name}: {median:.3f} s, {len(measured[name]['seconds'])} times")

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 
 from g2r_fast.kernels.launching import TRITON_DTYPES, is_interpreted, triton_version
+from g2r_fast.kernels.rms_norm import WIDEST
 
-from . import cuda_attention, native, native_ops
+from . import cuda_attention, native, native_ops, triton_device
 from .errors import BackendError, InputError
 
 __all__ = [
@@ -175,30 +176,33 @@ def _candidate(backend: str, request: Request) -> Candidate:
 
 def _triton_reasons(request: Request) -> list[str]:
     reasons = []
-    if request.device.type != "cuda" and not (is_interpreted() and wanted_backend() == "triton"):
-        reasons.append(f"the device is {request.device}, not a GPU")
     if request.dtype not in TRITON_DTYPES:
         dtype = str(request.dtype).removeprefix("torch.")
         reasons.append(f"the dtype is {dtype}, not float32, bfloat16 or float16")
     if request.head_dim % 2 or request.head_dim > _LARGEST_HEAD_DIM:
         reasons.append(f"head_dim {request.head_dim} is not even and at most {_LARGEST_HEAD_DIM}")
+    if request.hidden > WIDEST:
+        reasons.append(f"hidden size {request.hidden} is above {WIDEST}")
     if request.reads_linears:
         reasons.append("the signal reads linear layers")
-    if triton_version() is None:
-        reasons.append("triton is not installed: pip install 'g2r-fast[gpu]'")
-    return reasons
+    problem = triton_device.problem_of(request.device, wanted_backend())
+    return reasons if problem is None else [problem, *reasons]
 
 
 def _cuda_reasons(request: Request) -> list[str]:
     """Of attention in CUDA C++ with everything else on Triton."""
     reasons = _triton_reasons(request)
-    if wanted_backend() == "auto" and torch.cuda.get_device_capability(request.device) == (9, 0):
-        # Theirs are wgmma's products, ours mma.sync's: bench/results/gpu-attention.json.
+    if not reasons and wanted_backend() == "auto" and _favours_triton(request.device):
         reasons.append("on compute capability 9.0 Triton's attention is the faster one")
     if not reasons:  # the first question compiles what is missing: only where that is of use
         refused = cuda_attention.serves(request.dtype, request.head_dim, request.device)
         reasons.extend([] if refused is None else [refused])
     return reasons
+
+
+def _favours_triton(device: torch.device) -> bool:
+    """Its products are wgmma there, ours mma.sync: bench/results/gpu.json has both."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _cpu_reasons(request: Request) -> list[str]:

@@ -7,9 +7,10 @@ and nothing else. The last layer is computed for the rows that are read, beyond 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,20 @@ __all__ = ["FrozenDecoder", "Tape"]
 
 # Elements of one chunk of logits: on a CPU few enough to be read again from the cache.
 _LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _on_its_device(method: Method) -> Method:
+    """Triton launches on the current device: for the call, that is the weights' one."""
+
+    @wraps(method)
+    def call(self: FrozenDecoder, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(self.weights.embed):
+            return method(self, *arguments, **options)
+
+    return call  # type: ignore[return-value]
 
 
 class FrozenDecoder:
@@ -56,13 +71,9 @@ class FrozenDecoder:
             )
         )
 
+    @_on_its_device
     def run(self, plan: PackedPlan, signal: Signal) -> int:
         """Forward, ask the signal, and back to its leaf; the number of backward rows."""
-        # Triton launches on the current device.
-        with torch.cuda.device_of(self.weights.embed):
-            return self._run(plan, signal)
-
-    def _run(self, plan: PackedPlan, signal: Signal) -> int:
         tape = self.forward(plan, leaf=signal.leaf, keep_linears=signal.reads_linears)
         chosen: list[int] = []
         grads: list[torch.Tensor] = []
@@ -76,17 +87,20 @@ class FrozenDecoder:
                 grads.append(self._through_head(tape, reads, cotangents, signal))
         return self.backward(tape, chosen, torch.cat(grads), signal) if chosen else 0
 
+    @_on_its_device
     @torch.no_grad()
     def forward(self, plan: PackedPlan, *, leaf: int = 0, keep_linears: bool = False) -> Tape:
         """One pass over the plan's rows, keeping what a backward to `leaf` reads."""
         context = PassContext(self.weights, plan, self.backend(keep_linears))
         return PackedForward(context, leaf, keep_linears).run()
 
+    @_on_its_device
     @torch.no_grad()
     def logits(self, tape: Tape, reads: Sequence[Read]) -> torch.Tensor:
         """`hidden @ lm_head.T`, `[len(reads), V]`, float32 or wider whatever the model's dtype."""
         return ops.linear(tape.context.backend, self._hidden(tape, reads), self.weights.head)
 
+    @_on_its_device
     @torch.no_grad()
     def backward(
         self, tape: Tape, chosen: Sequence[int], grads: torch.Tensor, signal: Signal
@@ -97,7 +111,7 @@ class FrozenDecoder:
 
     def _hidden(self, tape: Tape, reads: Sequence[Read]) -> torch.Tensor:
         """Inputs of the LM head, rounded to the model's dtype as the stock model's are."""
-        place = {row: i for i, row in enumerate(tape.plan.read_rows)}
+        place = tape.plan.read_places
         at = torch.tensor([place[read.row] for read in reads], device=tape.norm.normed.device)
         return tape.norm.normed[at] * self.weights.norm
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from . import __version__, native
 from .build_cache import problem_of_cache, remembered_failure
-from .building import CPU_OPS, PARTS, Part, find_compiler
+from .building import CPU_OPS, CUDA_OPS, PARTS, Part, find_compiler, find_nvcc
 from .errors import InputError
 
-__all__ = ["as_text", "examine"]
+__all__ = ["as_text", "examine", "remedy"]
 
 SETTINGS = {  # and what they are where nobody sets them
     "G2R_BACKEND": "auto",
@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
         except InputError as error:
             problems[str(error)] = None
         reason, usable = _load_ops(problems)
+        reasons = {CPU_OPS: reason, CUDA_OPS: _load_cuda()}
         flags = _processor_flags()
         kernels = _kernels(flags) if usable else []
         backends = _backends(problems)
@@ -60,8 +61,9 @@ def examine() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "instruction_sets": [flag for flag in NEEDS["avx512bf16"] if flag in flags],
         },
+        "gpus": _gpus(),
         "settings": {name: os.environ.get(name) for name in SETTINGS},
-        "parts": [_part(part, reason if part is CPU_OPS else None) for part in PARTS],
+        "parts": [_part(part, reasons.get(part)) for part in (*PARTS, CUDA_OPS)],
         "kernels": kernels,
         "backends": backends,
         "problems": list(problems),
@@ -78,13 +80,15 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     found["torch"] = torch.__version__  # which names the build, unlike some packages' metadata
-    found["compiler"] = _compiler()
+    found["compiler"] = _tool(find_compiler(), "")
+    nvcc = find_nvcc()
+    found["nvcc"] = _tool(nvcc and [nvcc], "release")
     return found
 
 
-def _compiler() -> str | None:
-    command = find_compiler()
-    if command is None:
+def _tool(command: list[str] | str | None, word: str) -> str | None:
+    """A compiler, and the first line with `word` of what it says about its version."""
+    if not command:
         return None
     try:
         done = subprocess.run(
@@ -92,8 +96,25 @@ def _compiler() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{shlex.join(command)} (does not run: {error})"
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if word in line]
     return f"{shlex.join(command)} ({lines[0] if lines else f'exit status {done.returncode}'})"
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Those that torch sees."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": torch.cuda.get_device_name(index),
+                "compute_capability": f"{major}.{minor}",
+            }
+        )
+    return found
 
 
 def _processor_flags() -> frozenset[str]:
@@ -138,6 +159,13 @@ def _load_ops(problems: dict[str, None]) -> tuple[str | None, bool]:
     return reason, reason is None
 
 
+def _load_cuda() -> str | None:
+    """Why the library of csrc/cuda does not load, None where it does."""
+    from . import cuda_ops
+
+    return cuda_ops.load()
+
+
 def _part(part: Part, reason: str | None) -> dict[str, Any]:
     """`reason`: why it did not load although it looked sound."""
     status = native.status(part.name)
@@ -147,25 +175,53 @@ def _part(part: Part, reason: str | None) -> dict[str, Any]:
         "path": None if reason else status.path,
         "reason": reason,
         "without_it": part.cost if reason else None,
-        "remedy": _remedy(part) if reason else None,
+        "remedy": remedy(part) if reason else None,
     }
 
 
-def _remedy(part: Part) -> str:
-    failure = remembered_failure(part, native.PACKAGE)
+def remedy(part: Part) -> str:
+    """What to do about a part that is not there."""
+    if part.needs_nvcc:
+        return _remedy_for_cuda(part)
     unusable = problem_of_cache(native.PACKAGE)
     if find_compiler() is None:
         install = "install a C++ compiler (g++)"
         if unusable is not None:
             return f"{install}; {unusable}"
         return f"{install}; then `g2r-fast build`, or the next use, compiles it"
-    if unusable is not None:
-        return unusable
+    return unusable or _remedy_with_compiler(part, "first use")
+
+
+def _remedy_for_cuda(part: Part) -> str:
+    """Nothing is amiss where there is no GPU."""
+    import torch
+
+    unusable = problem_of_cache(native.PACKAGE)
+    if find_nvcc() is None:
+        named = os.environ.get("CUDACXX")
+        install = (
+            f"CUDACXX={named} is not there: name an nvcc, or unset it"
+            if named
+            else "install the CUDA toolkit (nvcc), or set CUDA_HOME to the folder it is in"
+        )
+        if unusable is not None:
+            to_do = f"{install}; {unusable}"
+        else:
+            to_do = f"{install}; then `g2r-fast build`, or the next use on a GPU, compiles it"
+    else:
+        to_do = unusable or _remedy_with_compiler(part, "first use on a GPU")
+    if torch.cuda.is_available():
+        return to_do
+    return f"torch sees no GPU, so nothing here needs it; for a machine that has one: {to_do}"
+
+
+def _remedy_with_compiler(part: Part, use: str) -> str:
+    failure = remembered_failure(part, native.PACKAGE)
     if failure is not None:
         return f"it could not be compiled ({failure}); `g2r-fast build` tries again"
     if os.environ.get("G2R_BUILD") == "never":
-        return "`g2r-fast build` compiles it; G2R_BUILD=never keeps its first use from doing so"
-    return "`g2r-fast build` compiles it now, its first use otherwise"
+        return f"`g2r-fast build` compiles it; G2R_BUILD=never keeps its {use} from doing so"
+    return f"`g2r-fast build` compiles it now, its {use} otherwise"
 
 
 def _kernels(flags: frozenset[str]) -> list[dict[str, Any]]:
@@ -247,6 +303,12 @@ def as_text(report: dict[str, Any]) -> str:
     processor = report["processor"]
     lines += ["", f"{processor['name']}, {processor['machine']}, {processor['cores']} cores"]
     lines.append(f"  {' '.join(processor['instruction_sets']) or 'none of the vector sets we use'}")
+    lines += [
+        f"{gpu['device']}: {gpu['name']}, compute capability {gpu['compute_capability']}"
+        for gpu in report["gpus"]
+    ]
+    if not report["gpus"]:
+        lines.append("torch sees no GPU")
     lines += ["", "settings"]
     for name, value in report["settings"].items():
         lines.append(f"  {name:<14}{value or f'not set: {SETTINGS[name]}'}")
@@ -270,7 +332,5 @@ def as_text(report: dict[str, Any]) -> str:
         lines += [
             f"      not {c['backend']}: {c['reason']}" for c in row["candidates"] if not c["used"]
         ]
-    if not any(row["device"] != "cpu" for row in report["backends"]):
-        lines.append("  torch sees no GPU")
     lines += ["", *(f"PROBLEM: {problem}" for problem in report["problems"])]
     return "\n".join(lines).rstrip()

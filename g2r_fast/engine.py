@@ -112,12 +112,17 @@ class PackedEngine:
             needed = weights[0] * plan.rows + weights[1] * plan.backward_rows
             backward_rows = None
             if needed <= limit or len(chosen) == 1:
-                logger.info("packed engine: %s", plan.describe(self.decoder.shape))
+                if logger.isEnabledFor(logging.INFO):
+                    logger.info("packed engine: %s", plan.describe(self.decoder.shape))
                 backward_rows = self._attempt(plan, _Renamed(signal, names))
                 if backward_rows is None:
                     torch.cuda.empty_cache()
-                    _after_running_out(plan, sequences, chosen)
                     limit = needed // 2
+                    rows = plan.rows + plan.backward_rows
+                    going_on = (
+                        f"half of its {rows} rows" if max_tokens is None else f"max_tokens={limit}"
+                    )
+                    _after_running_out(rows, going_on, sequences, chosen)
             if backward_rows is None:
                 half = len(chosen) // 2
                 queue.extendleft([chosen[half:], chosen[:half]])
@@ -171,10 +176,9 @@ class _Renamed:
 
 
 def _after_running_out(
-    plan: PackedPlan, sequences: Sequence[PackedSequence], chosen: Sequence[int]
+    rows: int, going_on: str, sequences: Sequence[PackedSequence], chosen: Sequence[int]
 ) -> None:
     """Warns that half as much is tried next; raises where it was one sequence already."""
-    rows = plan.rows + plan.backward_rows
     if len(chosen) == 1:
         raise InputError(
             "out of CUDA memory with a single sequence",
@@ -182,9 +186,7 @@ def _after_running_out(
             index=sequences[chosen[0]].label or chosen[0],
             fix="Free memory on the device, or shorten the sequence.",
         )
-    warnings.warn(
-        f"out of CUDA memory: going on with max_tokens={rows // 2}", ResourceWarning, stacklevel=4
-    )
+    warnings.warn(f"out of CUDA memory: going on with {going_on}", ResourceWarning, stacklevel=4)
 
 
 def _bytes_per_row(shape: DecoderShape) -> tuple[int, int]:

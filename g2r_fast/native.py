@@ -2,6 +2,8 @@
 
     _core      the planner: one module for each Python
     _cpu_ops   the packed engine's operations on a CPU, loaded by `g2r_fast.native_ops`
+    _cuda_ops  its attention on an NVIDIA GPU, built where there is nvcc, loaded by
+               `g2r_fast.cuda_ops`
 
 Each comes from the package, where the install built it, or from the user's cache, where its first
 use did (`G2R_BUILD=never` keeps it from doing so). Whatever their state, the same functions run in
@@ -24,7 +26,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from .build_cache import build_in_cache, cached_path
-from .building import CORE, PARTS, Part, problem_of
+from .building import CORE, CUDA_OPS, PARTS, Part, problem_of
 from .errors import InputError, InputTypeError
 
 __all__ = [
@@ -66,13 +68,13 @@ class NativeStatus:
 
 
 def status(part: str = CORE.name) -> NativeStatus:
-    """What is built of ``"_core"`` or ``"_cpu_ops"``, and the reason where it is not.
+    """What is built of ``"_core"``, ``"_cpu_ops"`` or ``"_cuda_ops"``, and why not where it is not.
 
     Builds nothing and, but for the planner, loads nothing.
     """
     if part == CORE.name:
         return _core_status
-    (found,) = (candidate for candidate in PARTS if candidate.name == part)
+    (found,) = (candidate for candidate in (*PARTS, CUDA_OPS) if candidate.name == part)
     return load_part(found, lambda path: None, build=False)[1]
 
 

@@ -14,11 +14,12 @@ import torch
 
 from . import ops
 from .families import LayerWeights
-from .plan import Read
+from .plan import Read, column
 from .signal import Signal
 from .tables import (
     Piece,
     QueryTables,
+    RowMap,
     Watch,
     backward_queries,
     backward_read_queries,
@@ -58,8 +59,9 @@ class PackedBackward:
         if not self.backward.rows and not self.signal.reads_linears:
             return 0
         context, weights, tape = self.context, self.weights, self.tape
-        place = {row: i for i, row in enumerate(tape.plan.read_rows)}
-        at = context.index([place[read.row] for read in self.reads])
+        place = tape.plan.read_places
+        at_on_host = torch.tensor([place[read.row] for read in self.reads])
+        at = context.index(at_on_host)
         grads = grads[self.enters]
         if context.scales_lanes:
             grads = self._scaled(grads)
@@ -71,7 +73,8 @@ class PackedBackward:
             tape.norm.rstd[at],
             entering[:, None],
         )
-        dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, entering)
+        read_map = backward_reads(self.reads, at_on_host, context.chunk, self.merge)
+        dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, read_map, entering)
         body = range(len(weights.layers) - 2, self.signal.leaf - 1, -1)
         if body:
             queries = backward_queries(tape.plan, self.backward, context.saved_rows_on_host)
@@ -107,14 +110,19 @@ class PackedBackward:
         )  # fmt: skip
 
     def _last_layer(
-        self, layer: LayerWeights, tape: LayerTape, at: torch.Tensor, grad: torch.Tensor
+        self,
+        layer: LayerWeights,
+        tape: LayerTape,
+        at: torch.Tensor,
+        rows: RowMap,
+        grad: torch.Tensor,
     ) -> torch.Tensor:
         """Enters at the reads, `[reads, H]`; leaves at every backward row, `[rows, H]`.
 
-        Read i came from row `at[i]` of what the forward kept of the rows that are read.
+        Read i came from row `at[i]` of what the forward kept of the rows that are read; so does
+        `rows` have it.
         """
         context, watch = self.context, self._watch(layer)
-        rows = backward_reads(self.reads, at, context.chunk, self.merge)
         queries = backward_read_queries(self.tape.plan, self.backward, self.reads)
         q, lse = tape.q[at], tape.lse[at]
         out = None if tape.out is None else tape.out[at]
@@ -146,6 +154,8 @@ class PackedBackward:
 
     def _at_leaf(self, dx: torch.Tensor) -> None:
         context, leaf = self.context, self.tape.leaf
+        if context.scales_lanes:
+            dx = dx.ldexp(self._exponents_of_rows()[:, None])
         for piece in self.rows.pieces:
             if leaf is None:
                 saved = context.saved_rows[piece.saved]
@@ -156,11 +166,7 @@ class PackedBackward:
             start = 0
             for rows in piece.members:
                 stop = start + rows.stop - rows.start
-                part = grads[start:stop]
-                if context.scales_lanes:
-                    exponents = [self._exponents[lane] for lane in rows.lanes]
-                    part = part.ldexp(context.index(exponents)[:, None])
-                self.signal.on_leaf(rows, values[start:stop].to(context.wide), part)
+                self.signal.on_leaf(rows, values[start:stop].to(context.wide), grads[start:stop])
                 start = stop
 
     def _scaled(self, grads: torch.Tensor) -> torch.Tensor:
@@ -172,6 +178,13 @@ class PackedBackward:
         self._exponents = {lane: math.frexp(value)[1] for lane, value in largest.items()}
         exponents = [-self._exponents[read.sequence] for read in self.reads]
         return grads.ldexp(self.context.index(exponents)[:, None])
+
+    def _exponents_of_rows(self) -> torch.Tensor:
+        rows = [
+            column([self._exponents[lane] for lane in run.lanes]).repeat(run.tokens)
+            for run in self.backward.runs
+        ]
+        return self.context.index(torch.cat(rows))
 
     def _watch(self, layer: LayerWeights) -> Watch | None:
         return partial(self._read, layer.name) if self.signal.reads_linears else None

@@ -36,7 +36,9 @@ class PackedForward:
         self.rows = forward_rows(context.plan, context.chunk)
         # What a layer needs and does not keep, for all layers in turn.
         shape = (context.plan.rows, self.weights.heads, self.weights.head_dim)
-        self._out = context.empty(*shape)
+        self._shape = shape
+        fresh = context.all_saved and self.keep_out  # every layer's own
+        self._out = None if fresh else context.empty(*shape)
         self._q = None if context.all_saved else context.empty(*shape)
         self._lse = None if context.all_saved else context.empty_wide(*shape[:2])
 
@@ -62,9 +64,9 @@ class PackedForward:
         saved = context.plan.saved_rows
         q, lse, out = self._q, self._lse, self._out
         if q is None or lse is None:  # all of it is kept
-            q = context.empty(*out.shape)
-            lse = context.empty_wide(*out.shape[:2])
-            out = context.empty(*out.shape) if self.keep_out else out
+            q, lse = context.empty(*self._shape), context.empty_wide(*self._shape[:2])
+        if out is None:
+            out = context.empty(*self._shape)
         k, v = self._keys_values()
         norm_in = context.empty_norm(saved, x.shape[1])
         q_norm = self._head_norm(layer.q_norm, saved, self.weights.heads)

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import overload
 
 import torch
@@ -64,6 +64,8 @@ class PackedSequence:
                 expected=f"0 <= position < {length}",
                 got=reads,
             )
+        if any(a >= b for a, b in pairwise(reads)):
+            raise InputError("read positions do not ascend", expected="each once", got=reads)
         if not 0 <= self.backward_start <= length:
             raise InputError(
                 "backward_start lies outside its sequence",
@@ -313,6 +315,11 @@ class PackedPlan:
         read = torch.zeros(self.rows, dtype=torch.bool)
         read[_tensor(self.reads.rows)] = True
         return tuple(read.nonzero().flatten().tolist())
+
+    @cached_property
+    def read_places(self) -> dict[int, int]:
+        """Where each of `read_rows` lies among them."""
+        return {row: place for place, row in enumerate(self.read_rows)}
 
     def read_rows_in(self, segment: Segment) -> tuple[int, ...]:
         """Those of `read_rows` that lie in a segment."""

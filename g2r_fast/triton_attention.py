@@ -8,15 +8,41 @@ from __future__ import annotations
 
 import torch
 
+from g2r_fast.kernels import attention_forward as forward_kernel
 from g2r_fast.kernels.attention_backward_keys import attention_backward_keys
 from g2r_fast.kernels.attention_backward_queries import attention_backward_queries
-from g2r_fast.kernels.attention_forward import attention_forward
 from g2r_fast.kernels.configs import AttentionConfig, attention_config
 
-from .device_tables import backward_tiles
+from .device_tables import backward_tiles, forward_tiles
 from .tables import QueryTables
 
 __all__ = ["attention_backward", "attention_forward"]
+
+
+def attention_forward(
+    queries: QueryTables,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    window: int | None,
+    softcap: float,
+    config: AttentionConfig | None = None,
+) -> None:
+    """`out = softmax(q @ k.T + causal mask) @ v` for every query over its own path; `lse` too.
+
+    Args:
+        queries: who attends to what.
+        q, k, v, out, lse, window, softcap: as in kernels/attention_forward.py.
+        config: launch configuration; by default that of configs.py.
+    """
+    config = config or attention_config("forward", q, softcap)
+    tiles = forward_tiles(queries, q.shape[1] // k.shape[1], config.rows, q.device)
+    forward_kernel.attention_forward(
+        tiles, q, k, v, out, lse, window=window, softcap=softcap, config=config
+    )
 
 
 def attention_backward(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from g2r_fast.kernels.launching import TRITON_DTYPES, is_interpreted, triton_version
+from g2r_fast.kernels.launching import TRITON_DTYPES
 
+from . import triton_device
 from .backends import wanted_backend
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ __all__ = [
 def serves(device: torch.device) -> bool:
     """Whether these kernels run there: on a GPU, unless `G2R_BACKEND=reference`; on a CPU only
     under Triton's interpreter and with `G2R_BACKEND=triton`, for tests."""
-    if device.type == "cuda":
-        return wanted_backend() != "reference" and triton_version() is not None
-    return device.type == "cpu" and is_interpreted() and wanted_backend() == "triton"
+    wanted = wanted_backend()
+    if device.type == "cpu" and wanted != "triton":
+        return False
+    return wanted != "reference" and triton_device.problem_of(device, wanted) is None
 
 
 def serves_logits(logits: torch.Tensor) -> bool:

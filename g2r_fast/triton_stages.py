@@ -235,10 +235,11 @@ def linear_backward(grad: torch.Tensor, layer: Linear) -> torch.Tensor:
 def embedding_scores(values: torch.Tensor, grads: torch.Tensor, readout: str) -> torch.Tensor:
     rows, lanes, width = grads.shape
     flat = grads.reshape(rows * lanes, width)
-    if readout != "dot":
-        return row_dot(flat, readout=readout).view(rows, lanes)
-    row_map = torch.arange(rows * lanes, dtype=torch.int32, device=grads.device) // max(1, lanes)
-    return row_dot(flat, values.contiguous(), row_map).view(rows, lanes)
+    with torch.cuda.device_of(grads):  # Triton launches on the current device
+        if readout != "dot":
+            return row_dot(flat, readout=readout).view(rows, lanes)
+        row_map = torch.arange(len(flat), dtype=torch.int32, device=grads.device) // max(1, lanes)
+        return row_dot(flat, values.contiguous(), row_map).view(rows, lanes)
 
 
 def _chunks(rows: int, width: int, itemsize: int) -> Iterator[slice]:

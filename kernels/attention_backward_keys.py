@@ -10,11 +10,14 @@ Cost: 8 D FLOPs for each query head and key that it sees; products are the bound
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from g2r_fast.kernels.configs import AttentionConfig, attention_cases, attention_config
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, is_interpreted, require_triton
 
-from g2r_fast.device_tables import BackwardTiles
+if TYPE_CHECKING:
+    from g2r_fast.device_tables import BackwardTiles
 
 try:
     import triton
@@ -149,7 +152,7 @@ if triton is not None:
             farthest = tl.load(positions_ptr + first + count - 1)
             # Positions ascend: nearest + i <= that of token i <= farthest - (count - 1 - i).
             # Tokens from `begin` on may see a key, from `whole` on they see all of them.
-            begin = tl.maximum(lowest - farthest + count - 1, 0)
+            begin = tl.minimum(tl.maximum(lowest - farthest + count - 1, 0), count)
             whole = tl.minimum(tl.maximum(highest - nearest, begin), count)
             end = count
             if WINDOWED:

@@ -10,11 +10,14 @@ Cost: 6 D FLOPs for each query head and key that it sees; products are the bound
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from g2r_fast.kernels.configs import AttentionConfig, attention_cases, attention_config
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, is_interpreted, require_triton
 
-from g2r_fast.device_tables import BackwardTiles
+if TYPE_CHECKING:
+    from g2r_fast.device_tables import BackwardTiles
 
 try:
     import triton

@@ -11,12 +11,14 @@ Cost: 4 D FLOPs for each query head and key that it sees; products are the bound
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from g2r_fast.kernels.configs import AttentionConfig, attention_cases, attention_config
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, is_interpreted, require_triton
 
-from g2r_fast.device_tables import forward_tiles
-from g2r_fast.tables import QueryTables
+if TYPE_CHECKING:
+    from g2r_fast.device_tables import ForwardTiles
 
 try:
     import triton
@@ -155,7 +157,7 @@ if triton is not None:
 
 
 def attention_forward(
-    queries: QueryTables,
+    tiles: ForwardTiles,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -169,7 +171,7 @@ def attention_forward(
     """`out = softmax(q @ k.T + causal mask) @ v` for every query over its own path; `lse` too.
 
     Args:
-        queries: who attends to what.
+        tiles: of `config.rows` queries.
         q: [queries, heads, D], scaled; float32, float16 or bfloat16, as k, v and out; dense.
         k, v: [rows, kv_heads, D].
         out: [queries, heads, D], written.
@@ -182,7 +184,6 @@ def attention_forward(
     _, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     config = config or attention_config("forward", q, softcap)
-    tiles = forward_tiles(queries, heads // kv_heads, config.rows, q.device)
     if not len(tiles.tiles):
         return
     windowed = window is not None and window < tiles.length

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,17 +39,26 @@ class CompileCase:
     arch: int | None = None  # the one compute capability that it is for, 90 for 9.0; None: any
 
 
+@cache
 def triton_version() -> str | None:
-    """None where it is not installed."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    """None where it is not installed; nightly builds of torch bring it under another name."""
+    if importlib.util.find_spec("triton") is None:
         return None
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
 
 
 def is_interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and triton_version() is not None
+    if triton_version() is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def require_triton(triton: Any, op: str) -> None:

@@ -13,7 +13,7 @@ from fallback_models import model_of
 from patterns import group
 from tiny_models import tiny_model
 
-from g2r_fast import cuda_attention, native_ops
+from g2r_fast import cuda_attention, native_ops, triton_device, triton_scoring
 from g2r_fast import engine as engine_module
 from g2r_fast.backends import BACKENDS, Request, choose, describe, native_serves
 from g2r_fast.decoder import FrozenDecoder
@@ -116,57 +116,91 @@ REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": torch.float64}, "the dtype is float64, not float32, bfloat16 or float16"),
     "head_dim": ({"head_dim": 17}, "head_dim 17 is not even and at most 256"),
     "long heads": ({"head_dim": 272}, "head_dim 272 is not even and at most 256"),
+    "wide": ({"hidden": 16400}, "hidden size 16400 is above 16384"),
     "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_BY_TRITON)
-def test_what_triton_cannot_serve_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As if there were an NVIDIA GPU, of compute capability 8.0, and Triton; nothing runs there."""
     monkeypatch.delenv("G2R_BACKEND", raising=False)
-    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(triton_device, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(triton_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr("g2r_fast.backends.is_interpreted", lambda: False)
+    monkeypatch.setattr(triton_device, "_problem_of_launch", lambda device: None)
+    monkeypatch.setattr(cuda_attention, "serves", lambda *asked: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_TRITON)
+def test_what_triton_cannot_serve_is_told(case: str, a_gpu: pytest.MonkeyPatch) -> None:
     change, reason = REFUSED_BY_TRITON[case]
     candidates = {c.backend: c for c in describe(replace(GPU, **change))}
     assert candidates["triton"].reasons == (reason,)
     if case != "device":  # what Triton cannot do, the native backend of a GPU cannot either
-        assert reason in candidates["native"].reasons
-    assert choose(replace(GPU, **change)).name in ("reference", "native")
+        assert candidates["native"].reasons == (reason,)
+        assert choose(replace(GPU, **change)).name == "reference"
 
 
-def test_a_gpu_without_triton_or_without_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("G2R_BACKEND", raising=False)
-    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
-    monkeypatch.setattr("g2r_fast.backends.is_interpreted", lambda: False)
-    monkeypatch.setattr(cuda_attention, "serves", lambda *asked: "there is no nvcc")
-    capability = (8, 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+# What keeps Triton from a GPU, and with it everything but plain PyTorch.
+NO_TRITON: dict[str, tuple[str, Any, str]] = {
+    "absent": ("triton_device.triton_version", lambda: None, "pip install 'g2r-fast[gpu]'"),
+    "interpreted": ("triton_device.is_interpreted", lambda: True, "TRITON_INTERPRET is set"),
+    "broken": (
+        "triton_device._problem_of_launch",
+        lambda device: "its kernels do not run here (no gcc)",
+        "no gcc",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_TRITON)
+def test_a_gpu_without_a_triton_that_runs(case: str, a_gpu: pytest.MonkeyPatch) -> None:
+    name, value, told = NO_TRITON[case]
+    a_gpu.setattr(f"g2r_fast.{name}", value)
+    backend = choose(GPU)
+    assert (backend.name, backend.on_gpu, backend.keeps_attended) == ("reference", False, False)
+    assert told in backend.refused["triton"] and told in backend.refused["native"]
+    assert not triton_scoring.serves(GPU.device)
+
+
+def test_gpus_that_are_too_old_or_not_nvidias(a_gpu: pytest.MonkeyPatch) -> None:
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "7.5 is below 8.0" in choose(GPU).refused["triton"]
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    a_gpu.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in choose(GPU).refused["triton"] and choose(GPU).name == "reference"
+    assert not triton_scoring.serves(GPU.device)
+
+
+def test_a_gpu_with_and_without_our_attention(a_gpu: pytest.MonkeyPatch) -> None:
+    backend = choose(GPU)
+    assert str(backend) == "native: CUDA attention, triton 3.9.0" and backend.on_gpu
+    assert triton_scoring.serves(GPU.device)
+    # Where Triton has the faster one; but whoever asks for ours gets it.
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose(GPU).name == "triton" and "faster" in choose(GPU).refused["native"]
+    a_gpu.setenv("G2R_BACKEND", "native")
+    assert choose(GPU).name == "native"
+    a_gpu.delenv("G2R_BACKEND")
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    a_gpu.setattr(cuda_attention, "serves", lambda *asked: "there is no nvcc")
     backend = choose(GPU)
     assert str(backend) == "triton: triton 3.9.0" and backend.on_gpu and backend.keeps_attended
     assert backend.refused == {"native": "there is no nvcc"}
     assert backend.gradient_dtype(torch.bfloat16) == torch.bfloat16
-    monkeypatch.setattr(cuda_attention, "serves", lambda *asked: None)
-    backend = choose(GPU)
-    assert str(backend) == "native: CUDA attention, triton 3.9.0" and backend.on_gpu
-    capability = (9, 0)  # where Triton has the faster one; but whoever asks for ours gets it
-    assert choose(GPU).name == "triton" and "faster" in choose(GPU).refused["native"]
-    monkeypatch.setenv("G2R_BACKEND", "native")
-    assert choose(GPU).name == "native"
-    monkeypatch.delenv("G2R_BACKEND")
-    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: None)
-    backend = choose(GPU)
-    assert (backend.name, backend.on_gpu, backend.keeps_attended) == ("reference", False, False)
-    assert "pip install 'g2r-fast[gpu]'" in backend.refused["triton"]
 
 
-def test_the_interpreter_is_taken_only_where_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("g2r_fast.backends.triton_version", lambda: "3.9.0")
-    monkeypatch.setattr("g2r_fast.backends.is_interpreted", lambda: True)
+def test_the_interpreter_is_taken_only_where_it_is_asked_for(a_gpu: pytest.MonkeyPatch) -> None:
+    a_gpu.setattr("g2r_fast.backends.is_interpreted", lambda: True)
+    a_gpu.setattr(triton_device, "is_interpreted", lambda: True)
     request = replace(SERVED, head_dim=24)  # no native kernels for it
-    monkeypatch.delenv("G2R_BACKEND", raising=False)
     assert choose(request).name == "reference"
-    monkeypatch.setenv("G2R_BACKEND", "triton")
+    a_gpu.setenv("G2R_BACKEND", "triton")
     assert str(choose(request)) == "triton: triton 3.9.0 interpreted"
 
 

@@ -67,6 +67,12 @@ TABLE = '{"fine<64>", 32, 1000}, {"fine<128>", 32, 232449}, {"spilling<128>", 32
 LAST = '{"on_stack", 32, 0}'
 
 
+@pytest.fixture(autouse=True)
+def two_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {arch: compile_only.SHARED_LIMIT[arch] for arch in compile_only.REQUIRED}
+    monkeypatch.setattr(compile_only, "SHARED_LIMIT", limits)
+
+
 def printed(folder: Path, source: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     (folder / "kernels.cu").write_text(source, encoding="utf-8")
     assert NVCC is not None

@@ -94,7 +94,9 @@ def test_integers_are_exact(op: str, dtype: torch.dtype, emulation: Emulation) -
 def test_random_arguments_at_the_scale_of_real_ones(
     op: str, dtype: torch.dtype, emulation: Emulation
 ) -> None:
-    found = {str(case): cuda.faults(case, dtype) for case in cuda.select(op, integers=False)}
+    # The dtypes are two instances of one template, which the integers go through whole.
+    cases = cuda.select(op, integers=False)[:: 1 if dtype == torch.bfloat16 else 3]
+    found = {str(case): cuda.faults(case, dtype) for case in cases}
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 
@@ -213,7 +215,7 @@ def test_the_kernels_stay_inside_their_memory(tmp_path: Path) -> None:
     cases = [
         str(case)
         for op in OPS
-        for case in (*cuda.select(op, integers=True)[3:9:2], demanding(op)[0])
+        for case in (cuda.select(op, integers=True)[5], demanding(op)[0])
     ]
     done = run(
         [sys.executable, str(ROOT / "tests" / "emulated_cuda.py"), str(library), *cases],

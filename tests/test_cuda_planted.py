@@ -125,9 +125,11 @@ def test_without_a_bug_nothing_is_wrong(planted: ctypes.c_int) -> None:
 @pytest.mark.parametrize("number", range(1, len(BUGS) + 1), ids=[bug.name for bug in BUGS])
 def test_every_planted_bug_is_noticed(number: int, planted: ctypes.c_int) -> None:
     op = "attention_forward" if BUGS[number - 1].file == FORWARD else "attention_backward"
+    name = BUGS[number - 1].name
+    word = next((w for w in ("window", "cap") if w in name), "")  # where it shows is tried first
     planted.value = number
     try:
-        cases = sorted(cuda.select(op), key=lambda case: not case.integers)
+        cases = sorted(cuda.select(op), key=lambda c: (word not in str(c), not c.integers))
         assert any(cuda.faults(case, DTYPES[0]) for case in cases) or cuda.biased(op, DTYPES[0])
     finally:
         planted.value = 0

@@ -23,10 +23,10 @@ from engine_scores import (
 )
 from engine_signals import record
 from patterns import PATTERNS, Batch, group
-from tiny_models import FAMILIES, VARIANTS, tiny_model, tiny_variant
+from tiny_models import FAMILIES, VARIANTS, random_ids, tiny_model, tiny_variant
 from torch import Tensor
 
-from g2r_fast import cuda_attention
+from g2r_fast import cuda_attention, native_ops
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.plan import PackedPlan, PackedSequence
 
@@ -40,6 +40,15 @@ FEW = [(family, "group") for family in FAMILIES] + [("qwen3", pattern) for patte
 CASES = [(f, p) for f in FAMILIES for p in PATTERNS] if ON_GPU else list(dict.fromkeys(FEW))
 # Those that change what a kernel does, and not only what it is given.
 SOME = ("llama-mha", "llama-mqa", "llama-biases", "qwen2-window-on-upper-layers", "qwen3-biases")
+
+
+def some() -> Batch:
+    """The group, or two of its responses with two items each."""
+    whole = group()
+    rows = whole.rows if ON_GPU else [whole.rows[i] for i in (0, 1, 3, 4)]
+    return Batch(*map(list, zip(*rows, strict=True)))
+
+
 needs_rounding = pytest.mark.skipif(
     not ON_GPU, reason="Triton's interpreter truncates to bfloat16 where a GPU rounds"
 )
@@ -57,7 +66,7 @@ SERVED: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_di
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is that of csrc/cuda; elsewhere than on a GPU tests/test_cuda_emulated.py has it."""
+    """Attention is that of csrc/cuda, which tests/test_cuda_emulated.py has without a GPU."""
     if not ON_GPU:
         pytest.skip("no GPU: csrc/cuda is tested under emulation")
     reason = cuda_attention.serves(torch.bfloat16, SERVED["head_dim"], torch.device(DEVICE))
@@ -96,7 +105,7 @@ def test_float32(family: str, pattern: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS if ON_GPU else SOME)
 def test_every_variant(variant: str) -> None:
     for readout in ("dot", "l1", "l2") if ON_GPU else ("dot",):
-        assert wrong(tiny_variant(variant), group(), readout) is None
+        assert wrong(tiny_variant(variant, **LAYERS), some(), readout) is None
 
 
 @needs_rounding
@@ -109,7 +118,7 @@ def test_bfloat16_is_as_near_as_the_plain_loop(family: str) -> None:
 def test_float16_does_not_lose_small_gradients(family: str) -> None:
     """The loop in float16 is no yardstick, as its gradients vanish: the one in bfloat16, which
     rounds eight times as coarsely, is."""
-    batch = group()
+    batch = some()
     half, coarse = (tiny_model(family, dtype=d, **LAYERS) for d in (torch.float16, torch.bfloat16))
     limit = worst(stock_loop(coarse, batch), reference_scores(coarse, batch))
     found = device_scores(half, batch)
@@ -120,11 +129,11 @@ def test_float16_does_not_lose_small_gradients(family: str) -> None:
 @pytest.mark.parametrize("reads", [(-1,), (0, 5, -2, -1)])
 def test_any_reads_and_any_leaf(reads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads in front of the attributed tokens, several of a sequence, rows read by several."""
-    batch = group()
-    found = record(tiny_model("qwen3").to(DEVICE), batch, reads, leaf=1)
+    batch = some()
+    found = record(tiny_model("qwen3", **LAYERS).to(DEVICE), batch, reads, leaf=1)
     monkeypatch.setenv("G2R_BACKEND", "reference")
-    eager = record(tiny_model("qwen3"), batch, reads, leaf=1)
-    truth = record(tiny_model("qwen3", dtype=torch.float64), batch, reads, leaf=1)
+    eager = record(tiny_model("qwen3", **LAYERS), batch, reads, leaf=1)
+    truth = record(tiny_model("qwen3", dtype=torch.float64, **LAYERS), batch, reads, leaf=1)
     assert found.leaves.keys() == eager.leaves.keys() == truth.leaves.keys()
     lanes = sorted({sequence for sequence, _ in truth.leaves})
     for which in (0, 1):
@@ -139,8 +148,8 @@ def test_any_reads_and_any_leaf(reads: tuple[int, ...], monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_bytes_are_the_bytes_that_were_announced(dtype: torch.dtype) -> None:
-    decoder = FrozenDecoder(tiny_model("qwen3", dtype=dtype).to(DEVICE))
-    batch = group()
+    decoder = FrozenDecoder(tiny_model("qwen3", dtype=dtype, **LAYERS).to(DEVICE))
+    batch = some()
     plan = PackedPlan.build(
         PackedSequence(ids, start)
         for ids, (start, _) in zip(batch.input_ids, batch.spans, strict=True)
@@ -150,7 +159,7 @@ def test_saved_bytes_are_the_bytes_that_were_announced(dtype: torch.dtype) -> No
 
 def test_two_runs_are_equal_to_the_bit_and_nothing_uninitialised_is_read() -> None:
     """torch.empty comes filled with NaN in the second run; one value that leaked would show."""
-    model, batch = tiny_model("qwen3", **LAYERS), group()
+    model, batch = tiny_model("qwen3", **LAYERS), some()
     expected = device_scores(model, batch)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -159,3 +168,31 @@ def test_two_runs_are_equal_to_the_bit_and_nothing_uninitialised_is_read() -> No
         torch.use_deterministic_algorithms(False)
     for a, e in zip(poisoned, expected, strict=True):
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "native"])
+@pytest.mark.parametrize(
+    ("family", "reads"), [("mistral", (2,)), ("mistral", (2, 60)), ("llama", (3,))]
+)
+def test_what_is_read_long_before_the_end(
+    family: str, reads: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys behind the last query get zeros, with a window (mistral's) and without; the yardstick
+    is the stock model."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
+    model = tiny_model(family, **sizes)
+    ids = random_ids(150, 3).tolist()
+    batch = Batch([ids], [(0, len(ids))], [5])
+    wide = copy.deepcopy(model).double()
+    embeds = wide.get_input_embeddings()(torch.tensor([ids])).requires_grad_(True)
+    logits = wide(inputs_embeds=embeds, use_cache=False).logits[0]
+    told = sum(logits[at].log_softmax(-1)[5] for at in reads)
+    (expected,) = torch.autograd.grad(told, embeds)
+    device = DEVICE if backend == "triton" else "cpu"
+    monkeypatch.setenv("G2R_BACKEND", backend)
+    if backend == "native" and native_ops.load() is not None:
+        pytest.skip("no native kernels")
+    found = record(model.to(device), batch, reads)
+    grads = torch.stack([found.leaves[0, t][1].cpu() for t in range(len(ids))])
+    assert float((grads - expected[0]).norm() / expected.norm()) <= 1e-5
+    assert not grads[reads[-1] + 1 :].any()

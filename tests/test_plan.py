@@ -146,3 +146,9 @@ def range_of(plan: PackedPlan, index: int) -> range:
 def test_positions_are_integers_for_an_empty_plan() -> None:
     plan = PackedPlan.build([])
     assert plan.rows == 0 and plan.input_ids.dtype == torch.int64 and plan.describe()
+
+
+@pytest.mark.parametrize("reads", [(5, 5), (5, 3), (2, -6)])
+def test_reads_that_do_not_ascend_are_refused(reads: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="read positions do not ascend"):
+        PackedSequence(list(range(8)), 0, reads)

@@ -19,8 +19,9 @@ def add_to(commands: Any) -> None:
         help="compile the native parts that are missing",
         description="Compiles the native parts that are missing into the cache of this user "
         "(G2R_CACHE, or g2r_fast in XDG_CACHE_HOME or ~/.cache), as their first use would. What "
-        "failed before is tried again.",
-        epilog="exit codes: 0 all parts are there; 1 one could not be compiled; 2 wrong usage",
+        "failed before is tried again. The CUDA library is compiled where there is nvcc.",
+        epilog="exit codes: 0 all that can be compiled here is there; 1 one could not be "
+        "compiled; 2 wrong usage",
     )
     parser.add_argument(
         "--force", action="store_true", help="compile all of them, even where they are there"
@@ -31,17 +32,23 @@ def add_to(commands: Any) -> None:
 def _build(args: argparse.Namespace) -> int:
     from .. import native
     from ..build_cache import build_in_cache, cached_path, last_output
-    from ..building import PARTS
+    from ..building import CUDA_OPS, PARTS, parts_here
+    from ..doctor import remedy
     from ..errors import InputError
 
     try:
         native.may_build()  # `never` is for first uses; what is no value at all is a mistake
     except InputError as error:
         raise UsageError(str(error)) from error
-    parts = [part for part in PARTS if args.force or not native.status(part.name).built]
-    for part in PARTS:
-        if part not in parts:
-            print(native.status(part.name))
+    here = parts_here()
+    parts = [part for part in here if args.force or not native.status(part.name).built]
+    for part in (*PARTS, CUDA_OPS):
+        if part in parts:
+            continue
+        status = native.status(part.name)
+        print(status)
+        if not status.built:  # and there is no compiler for it
+            print(f"  {remedy(part)}")
     if not parts:
         return 0
     began = time.monotonic()

@@ -121,6 +121,7 @@ def attention_backward(
                 path.v[heads],
                 block,
                 first,
+                segment.stop,
                 window,
                 softcap,
             )
@@ -147,15 +148,16 @@ def _block_backward(
     v: torch.Tensor,
     block: QueryBlock,
     first: int,  # keys before this position get no gradient
+    stop: int,  # of the segment, whose keys may lie behind its last query
     window: int | None,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the keys and values from `first` on, transposed: `[heads, d, lanes, keys]`
     and `[heads, lanes, d, keys]`."""
     heads, lanes, head_dim = len(q), grad_out.shape[3], q.shape[3]
-    keys = _rounded(int(block.positions[-1]) + 1 - first) if len(block.positions) else 0
-    path_dk = k.new_zeros(heads, head_dim, lanes, max(0, keys))
-    path_dv = k.new_zeros(heads, lanes, head_dim, max(0, keys))
+    keys = _rounded(max(0, stop - first))
+    path_dk = k.new_zeros(heads, head_dim, lanes, keys)
+    path_dv = k.new_zeros(heads, lanes, head_dim, keys)
     for tokens, low, high in _tiles(block, lanes, q, window):
         grad = _matrix(grad_out[:, tokens], k.dtype)  # [heads, tile * group, lanes, d]
         tile_q = _matrix(q[:, tokens], k.dtype)
