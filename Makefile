@@ -42,7 +42,7 @@ demo: $(STAMP)
 # The benchmarks run in their smallest form: they assert equal answers and report no speed.
 test: lint compile-only
 	$(BIN)/python -m pytest bench -q --quick
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q

@@ -29,9 +29,10 @@ if "--rehearse" in sys.argv:
 
 import torch
 
-from bench import gpu_kernels
+from bench import gpu_attention
 from bench.facts import facts
 from bench.gpu_ceilings import card, ceilings, clocks
+from bench.gpu_rows import row_kernels
 from bench.gpu_scenarios import GPU_SCENARIOS, WEIGHTS, compare_on_gpu, rehearsal
 from bench.tables import table
 from bench.test_activation_bytes import measure
@@ -117,12 +118,10 @@ class _Run:
         found = self.content["gpu"].get("ceilings", {})
         gflops = _rate(found, "matrix", "tflop_per_s", 1e3)
         copy = _rate(found, "copy", "gb_per_s", 1.0)
-        cases = {"small": gpu_kernels.SMALL} if small else gpu_kernels.ATTENTION_CASES
+        cases = {"small": gpu_attention.SMALL} if small else gpu_attention.ATTENTION_CASES
         first, *others = cases
         self.piece("kernels", f"attention, {first}", lambda: self._attention(cases[first]))
-        self.piece(
-            "kernels", "rows", lambda: gpu_kernels.row_kernels(self.device, copy, small=small)
-        )
+        self.piece("kernels", "rows", lambda: row_kernels(self.device, copy, small=small))
         # Every scenario may use a share of the time that is left.
         rest = sum(WEIGHTS.get(name, 1.0) for name in GPU_SCENARIOS)
         for name, scenario in GPU_SCENARIOS.items():
@@ -155,19 +154,19 @@ class _Run:
         self.content["clocks_at_the_end"] = clocks()
         self.save()
 
-    def _attention(self, case: gpu_kernels.AttentionCase) -> Any:
-        return gpu_kernels.attention(case, self.device, repeats=2 if self.rehearse else 10)
+    def _attention(self, case: gpu_attention.AttentionCase) -> Any:
+        return gpu_attention.attention(case, self.device, repeats=2 if self.rehearse else 10)
 
     def sweep(self) -> None:
         self.content.setdefault("facts", _facts(self.rehearse))
-        cases = gpu_kernels.ATTENTION_CASES
-        chosen = {"small": gpu_kernels.SMALL} if self.rehearse else cases
+        cases = gpu_attention.ATTENTION_CASES
+        chosen = {"small": gpu_attention.SMALL} if self.rehearse else cases
         few = {"warps": (4,), "stages": (1,)} if self.rehearse else {}
         for name in list(chosen)[:1] if not self.only else chosen:
             self.piece(
                 "sweep",
                 name,
-                lambda name=name: gpu_kernels.sweep(  # type: ignore[misc]
+                lambda name=name: gpu_attention.sweep(  # type: ignore[misc]
                     chosen[name], self.device, log=_log, another=lambda: self.left() > 0, **few
                 ),
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["card", "ceilings", "clocks", "seconds_of", "synchronise"]
+__all__ = ["card", "ceilings", "clocks", "seconds_of", "short", "synchronise"]
 
 _ASKED = (
     "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
@@ -48,6 +48,11 @@ def clocks() -> dict[str, str]:
 def synchronise(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def short(error: Exception) -> str:
+    """One line of what went wrong."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
 _flushed: dict[torch.device, Tensor] = {}

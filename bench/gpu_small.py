@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_kernels import AttentionCase, attention, row_kernels
+from bench.gpu_attention import AttentionCase, attention
+from bench.gpu_rows import row_kernels
 from bench.gpu_scenarios import gate_on_gpu
 from bench.ours import backend_of, ours
 from bench.rivals import loop

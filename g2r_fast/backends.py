@@ -179,8 +179,10 @@ def _triton_reasons(request: Request) -> list[str]:
     if request.dtype not in TRITON_DTYPES:
         dtype = str(request.dtype).removeprefix("torch.")
         reasons.append(f"the dtype is {dtype}, not float32, bfloat16 or float16")
-    if request.head_dim % 2 or request.head_dim > _LARGEST_HEAD_DIM:
-        reasons.append(f"head_dim {request.head_dim} is not even and at most {_LARGEST_HEAD_DIM}")
+    # Exact products of two float32 tiles keep their operands in registers: there is an end to that.
+    largest = _LARGEST_HEAD_DIM // 2 if request.dtype == torch.float32 else _LARGEST_HEAD_DIM
+    if request.head_dim % 2 or request.head_dim > largest:
+        reasons.append(f"head_dim {request.head_dim} is not even and at most {largest}")
     if request.hidden > WIDEST:
         reasons.append(f"hidden size {request.hidden} is above {WIDEST}")
     if request.reads_linears:

@@ -57,6 +57,7 @@ class PackedSequence:
         reads = tuple(self.reads)
         if min(reads, default=0) < 0:
             reads = tuple(p + length if p < 0 else p for p in reads)
+        reads = tuple(dict.fromkeys(reads))  # of one token, the first is the last
         object.__setattr__(self, "reads", reads)
         if reads and not (min(reads) >= 0 and max(reads) < length):
             raise InputError(
@@ -65,7 +66,7 @@ class PackedSequence:
                 got=reads,
             )
         if any(a >= b for a, b in pairwise(reads)):
-            raise InputError("read positions do not ascend", expected="each once", got=reads)
+            raise InputError("read positions do not ascend", expected="ascending", got=reads)
         if not 0 <= self.backward_start <= length:
             raise InputError(
                 "backward_start lies outside its sequence",

@@ -1,23 +1,23 @@
 """Scores, rewards, advantages and log-probabilities on an NVIDIA GPU, by the kernels of `kernels/`.
 
-Kernels are imported on first use, so that a machine without Triton can import this file. Triton
-launches on the current device: every call here makes that of its tensors current.
+A machine without Triton can import this file and the kernels, which then say so when called.
+Triton launches on the current device: every call here makes that of its tensors current.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from g2r_fast.kernels import objective_cotangents as cotangents
+from g2r_fast.kernels.advantages import advantages
 from g2r_fast.kernels.launching import TRITON_DTYPES
+from g2r_fast.kernels.log_probabilities import RowStatistics, log_probabilities
+from g2r_fast.kernels.softmax_rewards import softmax_rewards
 
 from . import triton_device
 from .backends import wanted_backend
-
-if TYPE_CHECKING:
-    from g2r_fast.kernels.log_probabilities import RowStatistics
 
 __all__ = [
     "attribution_rewards",
@@ -54,8 +54,6 @@ def attribution_rewards(
     standardise: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.attribution_rewards`."""
-    from g2r_fast.kernels.attribution import softmax_rewards
-
     with torch.cuda.device_of(scores):
         return softmax_rewards(
             scores.contiguous(), lengths, weights, starts, count, temperature, standardise
@@ -74,8 +72,6 @@ def token_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`[M]` float32, groups without spread and sequences of mixed signs, int32 each; see
     `kernels.advantages.advantages`."""
-    from g2r_fast.kernels.advantages import advantages
-
     with torch.cuda.device_of(rewards):
         return advantages(
             rewards, lengths, group_size, estimator=estimator, divide_by_std=divide_by_std,
@@ -90,8 +86,6 @@ def row_statistics(
 
     logits `[n, V]`; target and other `[n]` int64.
     """
-    from g2r_fast.kernels.log_probabilities import log_probabilities
-
     with torch.cuda.device_of(logits):
         return log_probabilities(logits, target, other, objective=objective)
 
@@ -105,11 +99,9 @@ def objective_cotangents(
     rows: Sequence[int],
 ) -> torch.Tensor:
     """The values of `grad2reward.objective_cotangents` for some rows of logits, float32."""
-    from g2r_fast.kernels import log_probabilities as kernel
-
     at = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
     with torch.cuda.device_of(logits):
-        return kernel.objective_cotangents(
+        return cotangents.objective_cotangents(
             logits, target, statistics.against, at, other, objective=objective
         )
 
@@ -118,8 +110,6 @@ def token_logps(
     logits: torch.Tensor, rows: Sequence[int], ids: Sequence[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_softmax(logits[rows] / temperature)[ids]`, and 1 where a row is finite; float32 each."""
-    from g2r_fast.kernels.log_probabilities import log_probabilities
-
     both = torch.tensor([rows, ids], dtype=torch.int64).to(logits.device, non_blocking=True)
     with torch.cuda.device_of(logits):
         found = log_probabilities(logits, both[1], rows=both[0], temperature=temperature)

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from g2r_fast.kernels.configs import AttentionConfig, attention_cases, attention_config
-from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, is_interpreted, require_triton
+from g2r_fast.kernels.attention_paths import compile_cases_of
+from g2r_fast.kernels.configs import AttentionConfig, attention_config
+from g2r_fast.kernels.launching import CompileCase, is_interpreted, require_triton
 
 if TYPE_CHECKING:
     from g2r_fast.device_tables import BackwardTiles
@@ -257,36 +258,10 @@ def attention_backward_keys(
 
 def compile_cases() -> list[CompileCase]:
     """Every shipped configuration, with and without a window and a cap."""
-    cases = []
-    for config, dtype, windowed, capped, name in attention_cases("keys"):
-        storage = f"*{TRITON_DTYPES[dtype]}"
-        head_dim = config.head_dim
-        tables = ("positions_ptr", "entries_ptr", "keys_ptr", "tiles_ptr")
-        cases.append(
-            CompileCase(
-                name=f"attention {name}",
-                kernel=_attention_backward_keys_kernel,
-                signature={
-                    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr"), storage),
-                    **dict.fromkeys(("dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
-                    **dict.fromkeys(tables, "*i32"),
-                    "window": "i32",
-                    "softcap": "fp32",
-                },
-                constants={
-                    "HEADS": 12,
-                    "KV_HEADS": 2,
-                    "HEAD_DIM": head_dim,
-                    "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-                    "ROWS": config.rows,
-                    "KEYS": config.keys,
-                    "WINDOWED": windowed,
-                    "CAPPED": capped,
-                    "PRODUCTS": config.products(dtype, False),
-                },
-                options=config.options(),
-                aligned=True,
-                arch=config.arch,
-            )
-        )
-    return cases
+    return compile_cases_of(
+        _attention_backward_keys_kernel,
+        "keys",
+        storage=("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr"),
+        floats=("dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr"),
+        tables=("positions_ptr", "entries_ptr", "keys_ptr", "tiles_ptr"),
+    )

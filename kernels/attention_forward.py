@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from g2r_fast.kernels.configs import AttentionConfig, attention_cases, attention_config
-from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, is_interpreted, require_triton
+from g2r_fast.kernels.attention_paths import compile_cases_of
+from g2r_fast.kernels.configs import AttentionConfig, attention_config
+from g2r_fast.kernels.launching import CompileCase, is_interpreted, require_triton
 
 if TYPE_CHECKING:
     from g2r_fast.device_tables import ForwardTiles
@@ -213,35 +214,10 @@ def attention_forward(
 
 def compile_cases() -> list[CompileCase]:
     """Every shipped configuration, with and without a window and a cap."""
-    cases = []
-    for config, dtype, windowed, capped, name in attention_cases("forward"):
-        storage = f"*{TRITON_DTYPES[dtype]}"
-        head_dim = config.head_dim
-        cases.append(
-            CompileCase(
-                name=f"attention {name}",
-                kernel=_attention_forward_kernel,
-                signature={
-                    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), storage),
-                    "lse_ptr": "*fp32",
-                    **dict.fromkeys(("segments_ptr", "positions_ptr", "tiles_ptr"), "*i32"),
-                    "window": "i32",
-                    "softcap": "fp32",
-                },
-                constants={
-                    "HEADS": 12,
-                    "KV_HEADS": 2,
-                    "HEAD_DIM": head_dim,
-                    "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-                    "ROWS": config.rows,
-                    "KEYS": config.keys,
-                    "WINDOWED": windowed,
-                    "CAPPED": capped,
-                    "PRODUCTS": config.products(dtype, False),
-                },
-                options=config.options(),
-                aligned=True,
-                arch=config.arch,
-            )
-        )
-    return cases
+    return compile_cases_of(
+        _attention_forward_kernel,
+        "forward",
+        storage=("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
+        floats=("lse_ptr",),
+        tables=("segments_ptr", "positions_ptr", "tiles_ptr"),
+    )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from g2r_fast.kernels.launching import CompileCase
+from collections.abc import Sequence
+from typing import Any
+
+from g2r_fast.kernels.configs import attention_cases
+from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase
 
 try:
     import triton
@@ -10,7 +14,7 @@ try:
 except ImportError:  # a machine without a GPU need not have it; the launchers then say so
     triton = None
 
-__all__ = ["compile_cases"]
+__all__ = ["compile_cases", "compile_cases_of"]
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
@@ -183,6 +187,44 @@ if triton is not None:
         if WINDOWED:
             seen = seen & (positions[:, None] - keys[None, :] < window)
         return seen
+
+
+def compile_cases_of(
+    kernel: Any, op: str, storage: Sequence[str], floats: Sequence[str], tables: Sequence[str]
+) -> list[CompileCase]:
+    """Every shipped configuration of an op, with and without a window and a cap.
+
+    storage, floats, tables: what the kernel's pointers are called, in its order: to the model's
+    dtype, to float32 and to int32.
+    """
+    return [
+        CompileCase(
+            name=f"attention {name}",
+            kernel=kernel,
+            signature={
+                **dict.fromkeys(storage, f"*{TRITON_DTYPES[dtype]}"),
+                **dict.fromkeys(floats, "*fp32"),
+                **dict.fromkeys(tables, "*i32"),
+                "window": "i32",
+                "softcap": "fp32",
+            },
+            constants={
+                "HEADS": 12,
+                "KV_HEADS": 2,
+                "HEAD_DIM": config.head_dim,
+                "BLOCK_D": max(16, triton.next_power_of_2(config.head_dim)),
+                "ROWS": config.rows,
+                "KEYS": config.keys,
+                "WINDOWED": windowed,
+                "CAPPED": capped,
+                "PRODUCTS": config.products(dtype, False),
+            },
+            options=config.options(),
+            aligned=True,
+            arch=config.arch,
+        )
+        for config, dtype, windowed, capped, name in attention_cases(op)
+    ]
 
 
 def compile_cases() -> list[CompileCase]:

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of rows of logits, and the cotangent of a verdict's objective.
+"""Log-probabilities and entropies of rows of logits.
 
     z = logits[rows] / temperature
     logps = z.log_softmax(-1).gather(-1, ids)
@@ -7,8 +7,7 @@
 One pass over every row, online, float32 in the loop and float64 at its end. The sum of exponentials
 leaves out the words that are asked for, so that a log-probability near zero keeps all its digits,
 as does the distribution over the other words. Cost: R · V elements are read once; memory bandwidth
-is the bound. The cotangent, equation 2 of arXiv 2602.01791, reads its own rows again and writes as
-much.
+is the bound.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ try:
 except ImportError:  # a machine without a GPU need not have it; the launchers then say so
     triton = None
 
-__all__ = ["CONFIG", "OBJECTIVES", "LogProbabilitiesConfig", "RowStatistics", "compile_cases"]
-__all__ += ["log_probabilities", "objective_cotangents"]
+__all__ = ["CONFIG", "OBJECTIVES", "LogProbabilitiesConfig", "RowStatistics", "check_objective"]
+__all__ += ["compile_cases", "log_probabilities"]
 
 OBJECTIVES = ("logp", "logp_two_way", "logodds")
 _COLUMNS = 8  # of the statistics of a row, see RowStatistics
@@ -42,8 +41,7 @@ _COLUMNS = 8  # of the statistics of a row, see RowStatistics
 
 @dataclass(frozen=True)
 class LogProbabilitiesConfig:
-    """Launch configuration: one program a row and `block_v` words a step for the statistics, one
-    program for `block_v` words of a row for the cotangent."""
+    """Launch configuration: one program a row, `block_v` words a step."""
 
     block_v: int
     num_warps: int
@@ -198,38 +196,6 @@ if triton is not None:
         tl.store(out_row + 6, scale.to(tl.float32))
         tl.store(out_row + 7, 1.0 - tl.max(odd, axis=0).to(tl.float32))
 
-    @triton.jit
-    def _cotangents_kernel(  # type: ignore[no-untyped-def]
-        logits_ptr,
-        rows_ptr,
-        ids_ptr,
-        other_ids_ptr,
-        against_ptr,
-        factor_ptr,
-        values_ptr,
-        stride,
-        against_stride,
-        V,
-        OBJECTIVE: tl.constexpr,
-        SCALED: tl.constexpr,
-        BLOCK_V: tl.constexpr,
-    ):
-        program = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        row = tl.load(rows_ptr + program).to(tl.int64)
-        one = tl.load(ids_ptr + row).to(tl.int64)
-        if OBJECTIVE == "logp":
-            against = tl.load(against_ptr + row * against_stride)
-            z = tl.load(logits_ptr + row * stride + columns, mask=inside, other=0.0)
-            values = tl.where(columns == one, 1.0, -tl.exp(z.to(tl.float32) - against))
-        else:
-            two = tl.load(other_ids_ptr + row).to(tl.int64)
-            values = tl.where(columns == one, 1.0, 0.0) - tl.where(columns == two, 1.0, 0.0)
-        if SCALED:
-            values = values * tl.load(factor_ptr + program)
-        tl.store(values_ptr + program * V + columns, values, mask=inside)
-
 
 def log_probabilities(
     logits: torch.Tensor,
@@ -263,7 +229,7 @@ def log_probabilities(
         InputError, InputTypeError: shapes, strides, dtypes or devices other than these.
     """
     require_triton(triton, "log_probabilities")
-    _check_objective(objective, other_ids)
+    check_objective(objective, other_ids)
     check_rows("logits", logits, logits)
     check_vector("ids", ids, (torch.int64, torch.int32), logits if rows is None else ids)
     integers = (torch.int64, torch.int32)
@@ -295,77 +261,7 @@ def log_probabilities(
     return RowStatistics(*out.unbind(1))
 
 
-def objective_cotangents(
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    against: torch.Tensor,
-    rows: torch.Tensor,
-    other_ids: torch.Tensor | None = None,
-    *,
-    objective: str = "logp",
-    factor: torch.Tensor | None = None,
-    config: LogProbabilitiesConfig = CONFIG,
-) -> torch.Tensor:
-    """`onehot(id) - exp(z - against)` off the id, or `onehot(id) - onehot(other)`, times `factor`.
-
-    Args:
-        logits: [R, V], as in log_probabilities, at temperature 1.
-        ids, other_ids: [R] int64 or int32; other_ids not for "logp".
-        against: [R] float32 of any stride, RowStatistics.against of all rows.
-        rows: [n] int64 or int32, the rows of logits that are wanted; not checked against R, as
-            that would wait for the device.
-        objective: "logp", "logp_two_way" or "logodds".
-        factor: [n] float32, multiplies the rows; RowStatistics.scale makes them the gradient.
-        config: launch configuration.
-
-    Returns:
-        [n, V] float32.
-
-    Raises:
-        ImportError: triton is not installed.
-        InputError, InputTypeError: shapes, strides, dtypes or devices other than these.
-    """
-    require_triton(triton, "log_probabilities")
-    _check_objective(objective, other_ids)
-    check_rows("logits", logits, logits)
-    integers = (torch.int64, torch.int32)
-    check_vector("ids", ids, integers, logits)
-    if other_ids is not None:
-        check_vector("other_ids", other_ids, integers, logits)
-    check_vector("rows", rows, integers, rows)
-    if against.dtype != torch.float32 or against.shape != ids.shape:
-        raise InputError("against must be float32 with one entry per row",
-                         expected=f"shape ({len(ids)},)",
-                         got=f"{against.dtype} {tuple(against.shape)}")  # fmt: skip
-    if factor is not None:
-        check_vector("factor", factor, (torch.float32,), rows)
-    for name, tensor in (("against", against), ("rows", rows)):
-        if tensor.device != logits.device:
-            raise InputError(f"{name} is on another device", expected=str(logits.device),
-                             got=tensor.device)  # fmt: skip
-    V = logits.shape[1]
-    values = torch.empty(len(rows), V, dtype=torch.float32, device=logits.device)
-    if values.numel():
-        _cotangents_kernel[(len(rows), triton.cdiv(V, config.block_v))](
-            logits,
-            rows,
-            ids,
-            ids if other_ids is None else other_ids,
-            against,
-            against if factor is None else factor,
-            values,
-            logits.stride(0),
-            against.stride(0),
-            V,
-            OBJECTIVE=objective,
-            SCALED=factor is not None,
-            BLOCK_V=config.block_v,
-            **config.options(),
-        )
-    return values
-
-
-def _check_objective(objective: str, other_ids: torch.Tensor | None) -> None:
+def check_objective(objective: str, other_ids: torch.Tensor | None) -> None:
     if objective not in OBJECTIVES:
         raise InputError("unknown objective", expected=" | ".join(OBJECTIVES), got=repr(objective))
     if objective == "logp_two_way" and other_ids is None:
@@ -388,7 +284,7 @@ def compile_cases() -> list[CompileCase]:
     asked += [("logp", False, False, False), ("logodds", True, False, False)]
     asked += [("logodds", True, False, True), ("logodds", False, False, True)]
     asked += [("logp", False, True, True)]
-    cases = [
+    return [
         CompileCase(
             name=f"log_probabilities {objective}{' rows' if rows else ''}"
             f"{' other' if other else ''}{' entropy' if entropy else ''} {dtype}",
@@ -406,28 +302,4 @@ def compile_cases() -> list[CompileCase]:
         )
         for objective, rows, other, entropy in asked
         for dtype in TRITON_DTYPES.values()
-    ]
-    return cases + [
-        CompileCase(
-            name=f"cotangents {objective}{' scaled' if scaled else ''} {dtype}",
-            kernel=_cotangents_kernel,
-            signature={
-                "logits_ptr": f"*{dtype}",
-                "rows_ptr": "*i64",
-                "ids_ptr": "*i64",
-                "other_ids_ptr": "*i64",
-                "against_ptr": "*fp32",
-                "factor_ptr": "*fp32",
-                "values_ptr": "*fp32",
-                "stride": "i32",
-                "against_stride": "i32",
-                "V": "i32",
-            },
-            constants={"OBJECTIVE": objective, "SCALED": scaled, "BLOCK_V": CONFIG.block_v},
-            options=CONFIG.options(),
-            aligned=False,
-        )
-        for objective in OBJECTIVES
-        for scaled in (False, True)
-        for dtype in (TRITON_DTYPES.values() if objective == "logp" else ["fp32"])
     ]

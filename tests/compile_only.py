@@ -381,5 +381,5 @@ def main(folder: Path, cuda_folder: Path, everything: bool) -> int:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--all"]
-    given = [Path(word) for word in words[:1]] * 2 or [ROOT / "kernels", CUDA]
-    sys.exit(main(*given, everything=len(words) < len(sys.argv) - 1))
+    folder, cuda_folder = (Path(words[0]),) * 2 if words else (ROOT / "kernels", CUDA)
+    sys.exit(main(folder, cuda_folder, everything="--all" in sys.argv))

@@ -116,6 +116,10 @@ REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": torch.float64}, "the dtype is float64, not float32, bfloat16 or float16"),
     "head_dim": ({"head_dim": 17}, "head_dim 17 is not even and at most 256"),
     "long heads": ({"head_dim": 272}, "head_dim 272 is not even and at most 256"),
+    "long heads in float32": (
+        {"head_dim": 192, "dtype": torch.float32},
+        "head_dim 192 is not even and at most 128",
+    ),
     "wide": ({"hidden": 16400}, "hidden size 16400 is above 16384"),
     "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from native_calls import COMPILER
 
-from bench import flash, gpu, gpu_bench, gpu_kernels, gpu_scenarios, gpu_small, tables
+from bench import flash, gpu, gpu_attention, gpu_bench, gpu_rows, gpu_scenarios, gpu_small, tables
 from bench.gate import GateError
 from bench.rivals import RIVALS
 from bench.scenarios import GPU_CORE, GPU_SCENARIOS
@@ -95,8 +95,8 @@ def test_every_scenario_builds_what_its_label_says():
 
 def test_attention_is_held_against_flash_attention():
     device = "cuda" if ON_GPU else "cpu"
-    case = gpu_small.CASES["attention, 64"] if ON_GPU else gpu_kernels.SMALL
-    found = gpu_kernels.attention(case, device, repeats=1)
+    case = gpu_small.CASES["attention, 64"] if ON_GPU else gpu_attention.SMALL
+    found = gpu_attention.attention(case, device, repeats=1)
     entries = [entry for entry in found.values() if isinstance(entry, dict)]
     assert entries
     for entry in entries:
@@ -104,7 +104,7 @@ def test_attention_is_held_against_flash_attention():
 
 
 def test_row_kernels_are_checked_and_timed():
-    found = gpu_kernels.row_kernels("cuda" if ON_GPU else "cpu", 100.0, small=True)
+    found = gpu_rows.row_kernels("cuda" if ON_GPU else "cpu", 100.0, small=True)
     assert {name: entry.get("not_measured") for name, entry in found.items()} == dict.fromkeys(
         found
     )

@@ -213,9 +213,7 @@ def test_the_kernels_stay_inside_their_memory(tmp_path: Path) -> None:
         preloaded.append(found)
     library = cuda.build(tmp_path / "kernels.so", "-O1", *cuda.SANITIZERS)
     cases = [
-        str(case)
-        for op in OPS
-        for case in (cuda.select(op, integers=True)[5], demanding(op)[0])
+        str(case) for op in OPS for case in (cuda.select(op, integers=True)[5], demanding(op)[0])
     ]
     done = run(
         [sys.executable, str(ROOT / "tests" / "emulated_cuda.py"), str(library), *cases],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from g2r_fast import backends, build_cache, building, cli, doctor, native, native_ops
-from g2r_fast.building import CORE, CPU_OPS
+from g2r_fast import backends, build_cache, building, cli, cuda_ops, doctor, native, native_ops
+from g2r_fast.building import CORE, CPU_OPS, CUDA_OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "import sys; from g2r_fast.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -27,7 +28,7 @@ with native.looking_only():
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """Nothing is set, and there is no GPU, whichever machine this is."""
-    for name in (*doctor.SETTINGS, "TRITON_INTERPRET"):
+    for name in (*doctor.SETTINGS, "TRITON_INTERPRET", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         if name != "G2R_CACHE":  # a library that is only there still serves
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -46,6 +47,7 @@ def nothing_built(monkeypatch, tmp_path):
         native, "_core_status", native.NativeStatus(CORE.name, None, "it was never built", "slower")
     )
     monkeypatch.setattr(native_ops, "load", lambda: "it was never built")
+    monkeypatch.setattr(cuda_ops, "load", lambda: "it was never built")
     monkeypatch.setenv("G2R_CACHE", str(tmp_path / "cache"))
     return package
 
@@ -126,7 +128,9 @@ def test_what_is_missing_comes_with_what_to_do(nothing_built, builds_nothing, ca
     monkeypatch.setenv("CXX", "/no/such/compiler")
     report = doctor.examine()
     assert report["versions"]["compiler"] is None
-    assert all("install a C++ compiler" in part["remedy"] for part in report["parts"])
+    *parts, cuda = report["parts"]
+    assert all("install a C++ compiler" in part["remedy"] for part in parts)
+    assert "C++" not in cuda["remedy"]
 
 
 def test_a_cache_that_cannot_be_written_is_what_to_mend(
@@ -135,16 +139,20 @@ def test_a_cache_that_cannot_be_written_is_what_to_mend(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("G2R_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(doctor, "find_compiler", lambda: ["true"])
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: "true")
     for part in doctor.examine()["parts"]:
         assert str(tmp_path / "file") in part["remedy"] and "set G2R_CACHE" in part["remedy"]
         assert "g2r-fast build" not in part["remedy"]
     monkeypatch.setattr(doctor, "find_compiler", lambda: None)
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
     for part in doctor.examine()["parts"]:
-        assert "install a C++ compiler" in part["remedy"] and "set G2R_CACHE" in part["remedy"]
+        needed = "the CUDA toolkit" if "_cuda_ops" in part["name"] else "a C++ compiler"
+        assert f"install {needed}" in part["remedy"] and "set G2R_CACHE" in part["remedy"]
 
 
 def test_a_remembered_failure_is_told(nothing_built, builds_nothing, monkeypatch):
     monkeypatch.setattr(doctor, "remembered_failure", lambda part, package: f"no {part.name} today")
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: "true")
     if building.find_compiler() is not None:
         remedies = [part["remedy"] for part in doctor.examine()["parts"]]
         assert all("today" in r and "`g2r-fast build` tries again" in r for r in remedies)
@@ -178,6 +186,64 @@ def test_native_forced_without_its_library_is_a_problem(nothing_built, builds_no
     assert "cpu float32   nothing" in doctor.as_text(report)
 
 
+def cuda_part(report):
+    (part,) = (part for part in report["parts"] if part["name"] == "g2r_fast._cuda_ops")
+    return part
+
+
+@pytest.mark.usefixtures("nothing_built", "builds_nothing")
+def test_no_cuda_library_is_no_problem_where_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
+    assert cli.main(["doctor"]) == 0
+    report = doctor.examine()
+    part = cuda_part(report)
+    assert report["gpus"] == [] and report["versions"]["nvcc"] is None
+    assert part["path"] is None and part["reason"] == "it was never built"
+    assert part["without_it"] == CUDA_OPS.cost and "Triton" in part["without_it"]
+    assert part["remedy"].startswith("torch sees no GPU, so nothing here needs it")
+    assert "(nvcc), or set CUDA_HOME" in part["remedy"]
+    text = capsys.readouterr().out
+    assert part["remedy"] in text and "\ntorch sees no GPU\n" in text
+
+    monkeypatch.setenv("CUDACXX", "/no/such/nvcc")
+    assert "CUDACXX=/no/such/nvcc is not there" in cuda_part(doctor.examine())["remedy"]
+
+
+@pytest.mark.usefixtures("nothing_built", "builds_nothing")
+def test_on_a_gpu_each_one_is_told_and_what_its_library_needs(monkeypatch, tmp_path):
+    names = ["NVIDIA H200", "NVIDIA A100"]
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_name": lambda at: names[at],
+        "get_device_capability": lambda at: [(9, 0), (8, 0)][at],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(doctor, "_backends", lambda problems: [])
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho nvcc: NVIDIA\necho tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    report = doctor.examine()
+    assert [gpu["compute_capability"] for gpu in report["gpus"]] == ["9.0", "8.0"]
+    assert report["versions"]["nvcc"] == f"{nvcc} (tools, release 13.0, V13.0.88)"
+    assert "cuda:0: NVIDIA H200, compute capability 9.0\n" in doctor.as_text(report)
+    assert cuda_part(report)["remedy"] == (
+        "`g2r-fast build` compiles it now, its first use on a GPU otherwise"
+    )
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nowhere"))
+    remedy = cuda_part(doctor.examine())["remedy"]
+    assert remedy.startswith("CUDACXX=") and "no GPU" not in remedy
+
+
+def test_a_cuda_library_that_is_there_is_told_by_its_path(builds_nothing):
+    with native.looking_only():
+        reason = cuda_ops.load()
+    part = cuda_part(doctor.examine())
+    assert (part["path"] is None) == (reason is not None) and part["reason"] == reason
+    assert native.status(CUDA_OPS.name).path == part["path"]
+
+
 def test_forcing_what_serves_is_no_problem():
     done = command("doctor", "--json", G2R_BACKEND="reference", G2R_CPU="plain")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -207,7 +273,8 @@ def test_kernels_that_do_not_run_here_are_not_replaced_by_looking():
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert len(report["problems"]) == 1 and report["kernels"] == []
-    assert all(part["path"] for part in report["parts"]), "what is built is built"
+    parts = {part["name"]: part["path"] for part in report["parts"]}
+    assert parts["g2r_fast._core"] and parts["g2r_fast._cpu_ops"], "what is built is built"
     (row,) = (r for r in report["backends"] if (r["device"], r["dtype"]) == ("cpu", "float32"))
     assert not any(candidate["used"] for candidate in row["candidates"])
     reasons = {candidate["backend"]: candidate["reason"] for candidate in row["candidates"]}
@@ -238,12 +305,24 @@ def test_build_says_where_and_how_long(nothing_built, capsys, monkeypatch):
         return {}
 
     monkeypatch.setattr(build_cache, "build", build)
+    monkeypatch.setattr(building, "find_nvcc", lambda: "nvcc")
     assert cli.main(["build"]) == 0
     out = capsys.readouterr().out
-    for part in building.PARTS:
+    for part in (*building.PARTS, CUDA_OPS):
         path = build_cache.cached_path(part, nothing_built)
         assert str(path) in out and path.read_text() == part.name
     assert "0 s" in out
+
+
+def test_build_without_nvcc_says_why_there_is_no_cuda_library(nothing_built, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build_cache, "build", lambda outputs, _: asked.extend(outputs) or {})
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None)
+    assert cli.main(["build"]) == 0, "no compiler for it is no failure"
+    assert asked == list(building.PARTS)
+    out = capsys.readouterr().out
+    assert f"g2r_fast._cuda_ops: not there, and {CUDA_OPS.cost}" in out
+    assert "(nvcc), or set CUDA_HOME" in out
 
 
 def test_build_that_fails_says_what_the_compiler_said(nothing_built, capsys, monkeypatch):
@@ -266,6 +345,8 @@ def test_build_of_what_is_there_does_nothing_unless_forced(capsys, monkeypatch):
 
     monkeypatch.setattr(build_cache, "build_in_cache", build_in_cache)
     assert cli.main(["build"]) == 0
-    assert asked == [] and native.status(CPU_OPS.name).path in capsys.readouterr().out
+    there = [part for part in building.parts_here() if native.status(part.name).built]
+    assert not {*asked} & {*there} and native.status(CPU_OPS.name).path in capsys.readouterr().out
+    asked.clear()
     assert cli.main(["build", "--force"]) == 0
-    assert asked == list(building.PARTS)
+    assert asked == list(building.parts_here())

@@ -105,7 +105,7 @@ def test_float32(family: str, pattern: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS if ON_GPU else SOME)
 def test_every_variant(variant: str) -> None:
     for readout in ("dot", "l1", "l2") if ON_GPU else ("dot",):
-        assert wrong(tiny_variant(variant, **LAYERS), some(), readout) is None
+        assert wrong(tiny_variant(variant), some(), readout) is None
 
 
 @needs_rounding

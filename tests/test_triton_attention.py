@@ -220,7 +220,7 @@ SHAPES = [
     ((12, 2, 64), 0, 64, 32),
     ((6, 1, 10), 9, 32, 16),
     ((7, 1, 128), 0, 32, 64),
-    ((2, 2, 256), 30, 128, 64),
+    ((2, 2, 80), 30, 128, 64),
 ]
 
 
@@ -427,14 +427,15 @@ def test_every_configuration_is_compiled_and_says_why() -> None:
         assert {"window" in name for name in compiled} == {True, False}, f"{of_it} is never used"
     for dtype in DTYPES:
         for op in ("forward", "queries", "keys"):
-            for head_dim in (8, 16, 48, 64, 80, 128, 256):
+            for head_dim in (8, 16, 48, 64, 80, 128, *([] if dtype == torch.float32 else [256])):
                 for softcap in (0.0, 30.0):
                     q = torch.empty(0, 1, head_dim, dtype=dtype)
                     assert head_dim <= configurations.attention_config(op, q, softcap).head_dim
 
 
 def test_queries_without_a_kernel_are_refused() -> None:
-    for q in (torch.empty(0, 1, 257), torch.empty(0, 1, 64, dtype=torch.float64)):
+    for head_dim, dtype in ((257, torch.bfloat16), (129, torch.float32), (64, torch.float64)):
+        q = torch.empty(0, 1, head_dim, dtype=dtype)
         with pytest.raises(InputError, match="no kernel for such queries"):
             attention_config("forward", q, 0.0)
 

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
 
 from g2r_fast.kernels import attribution as module
-from g2r_fast.kernels.attribution import CONFIG, READOUTS, attribution, softmax_rewards
+from g2r_fast.kernels import softmax_rewards as softmax_module
+from g2r_fast.kernels.attribution import CONFIG, READOUTS, attribution
+from g2r_fast.kernels.softmax_rewards import CONFIG as SOFTMAX
+from g2r_fast.kernels.softmax_rewards import softmax_rewards
 
 from g2r_fast import triton_scoring
 from g2r_fast.backends import VARIABLE
@@ -31,10 +34,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNIT = 2.0**-24
 WIDE = 2.0**-53
 # Empty, one token, a tile less one and more one, more than one step of the softmax.
-LENGTHS = [5, 0, 1, CONFIG.block_t - 1, CONFIG.block_t + 1, CONFIG.block_s + 3, 7, 7]
+LENGTHS = [5, 0, 1, CONFIG.block_t - 1, CONFIG.block_t + 1, SOFTMAX.block_s + 3, 7, 7]
 # Two responses with three judgements each, one that overlaps two others in part, and one alone.
-STARTS = [0, 2, 0, 10, 10, 30, CONFIG.block_s + 30, CONFIG.block_s + 40]
-COUNT = CONFIG.block_s + 50
+STARTS = [0, 2, 0, 10, 10, 30, SOFTMAX.block_s + 30, SOFTMAX.block_s + 40]
+COUNT = SOFTMAX.block_s + 50
 WEIGHTS = [1.0, 9.0, -2.0, 0.5, 3.0, 1.0, -1.0, 2.0]
 
 
@@ -296,7 +299,7 @@ def test_planted_bugs_of_the_read_out_are_caught(planted, kind):
 def test_whoever_comes_last_gives_the_same_bits(arrival, monkeypatch):
     inputs = gradients("random", 40, torch.float32)
     straight = run_fused(*inputs)
-    made = module._tables
+    made = module.segment_tables
 
     def reordered(*arguments, **options):
         tables = made(*arguments, **options)
@@ -305,7 +308,7 @@ def test_whoever_comes_last_gives_the_same_bits(arrival, monkeypatch):
         tables.tiles.copy_(tables.tiles[order.to(DEVICE)])
         return tables
 
-    monkeypatch.setattr(module, "_tables", reordered)
+    monkeypatch.setattr(module, "segment_tables", reordered)
     assert all(torch.equal(a, b) for a, b in zip(run_fused(*inputs), straight, strict=True))
 
 
@@ -362,9 +365,10 @@ def test_bad_gradients_are_told_apart(changes, error, message):
 
 
 def test_every_case_is_listed_once():
-    names = [case.name for case in module.compile_cases()]
-    assert len(names) == len(set(names)) == 6 * 2 * 2
-    assert CONFIG.reason
+    for part, forms in ((module, 5), (softmax_module, 2)):
+        names = [case.name for case in part.compile_cases()]
+        assert len(names) == len(set(names)) == forms * 2 * 2
+        assert part.CONFIG.reason
 
 
 # --- what calls kernels ---------------------------------------------------------------------------
