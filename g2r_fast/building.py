@@ -132,7 +132,7 @@ CUDA_OPS = Part(
     ),
     suffix=".so",  # of any Python and any torch: it needs neither
     needs_python=False,
-    cost="attention on a GPU runs on Triton and is slower",
+    cost="attention on a GPU runs on Triton",
     needs_nvcc=True,
 )
 PARTS = (CORE, CPU_OPS)  # of every machine
