@@ -12,6 +12,9 @@ bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
@@ -29,7 +32,7 @@ try:
 except ImportError:  # a machine without a GPU need not have it; heads() then says so
     triton = None
 
-__all__ = ["OPTIONS", "blocks", "compile_cases", "heads"]
+__all__ = ["OPTIONS", "blocks", "cases_of_heads", "compile_cases", "heads", "norm_pointers"]
 
 # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -236,6 +239,35 @@ def heads(
 
 def compile_cases() -> list[CompileCase]:
     """What a middle and a last layer ask for, with and without norms; every storage dtype."""
+
+    def signature(dtype: str) -> dict[str, str]:
+        return {
+            "source_ptr": f"*{dtype}",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "index_ptr": "*i32",
+            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"),
+            **norm_pointers(dtype),
+            "eps": "fp32",
+            "scaling": "fp32",
+        }
+
+    return cases_of_heads("heads", _heads_kernel, signature)
+
+
+def norm_pointers(dtype: str) -> dict[str, str]:
+    """Of the norms of queries and keys, in the order in which both kernels take them."""
+    return {
+        f"{of}_{what}_ptr": "*fp32" if what == "rstd" else f"*{dtype}"
+        for of in "qk"
+        for what in ("weight", "normed", "rstd")
+    }
+
+
+def cases_of_heads(
+    name: str, kernel: Any, signature: Callable[[str], dict[str, str]]
+) -> list[CompileCase]:
+    """What is compiled of this kernel and of its backward; `signature` of a storage dtype."""
     cases = []
     for dtype in TRITON_DTYPES.values():
         for q, k, v, half, aligned in (
@@ -248,27 +280,12 @@ def compile_cases() -> list[CompileCase]:
         ):
             for norm in (False, True):
                 block_heads, block_half = blocks(q + k + v, half, norm)
-                pointers = dict.fromkeys(
-                    ("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "q_normed_ptr"), f"*{dtype}"
-                )
                 cases.append(
                     CompileCase(
-                        name=f"heads {q} {k} {v} {2 * half}{' norm' if norm else ''} {dtype}"
+                        name=f"{name} {q} {k} {v} {2 * half}{' norm' if norm else ''} {dtype}"
                         f"{' aligned' if aligned else ''}",
-                        kernel=_heads_kernel,
-                        signature={
-                            "source_ptr": f"*{dtype}",
-                            "cos_ptr": "*fp32",
-                            "sin_ptr": "*fp32",
-                            "index_ptr": "*i32",
-                            **pointers,
-                            "q_rstd_ptr": "*fp32",
-                            "k_weight_ptr": f"*{dtype}",
-                            "k_normed_ptr": f"*{dtype}",
-                            "k_rstd_ptr": "*fp32",
-                            "eps": "fp32",
-                            "scaling": "fp32",
-                        },
+                        kernel=kernel,
+                        signature=signature(dtype),
                         constants={
                             "Q": q,
                             "K": k,

@@ -13,9 +13,8 @@ be missing, in `out` too. Cost per row, with two-byte storage: 4 heads D + 12 kv
 from __future__ import annotations
 
 import torch
-from g2r_fast.kernels.heads import OPTIONS, blocks
+from g2r_fast.kernels.heads import OPTIONS, blocks, cases_of_heads, norm_pointers
 from g2r_fast.kernels.launching import (
-    TRITON_DTYPES,
     CompileCase,
     check_vector,
     require_triton,
@@ -227,52 +226,19 @@ def heads_backward(
 
 def compile_cases() -> list[CompileCase]:
     """What a middle and a last layer send, with and without norms; every storage dtype."""
-    cases = []
-    for dtype in TRITON_DTYPES.values():
-        for q, k, v, half, aligned in (
-            (12, 2, 2, 64, True),
-            (0, 2, 2, 64, True),
-            (12, 0, 0, 64, True),
-            (32, 8, 8, 64, True),
-            (8, 4, 4, 128, True),
-            (3, 1, 1, 7, False),
-        ):
-            for norm in (False, True):
-                block_heads, block_half = blocks(q + k + v, half, norm)
-                cases.append(
-                    CompileCase(
-                        name=f"heads_backward {q} {k} {v} {2 * half}{' norm' if norm else ''} "
-                        f"{dtype}{' aligned' if aligned else ''}",
-                        kernel=_heads_backward_kernel,
-                        signature={
-                            "dq_ptr": f"*{dtype}",
-                            "dk_ptr": "*fp32",
-                            "dv_ptr": "*fp32",
-                            "cos_ptr": "*fp32",
-                            "sin_ptr": "*fp32",
-                            "index_ptr": "*i32",
-                            "q_weight_ptr": f"*{dtype}",
-                            "q_normed_ptr": f"*{dtype}",
-                            "q_rstd_ptr": "*fp32",
-                            "k_weight_ptr": f"*{dtype}",
-                            "k_normed_ptr": f"*{dtype}",
-                            "k_rstd_ptr": "*fp32",
-                            # Small gradients would vanish in float16.
-                            "out_ptr": "*fp32" if dtype == "fp16" else f"*{dtype}",
-                            "scaling": "fp32",
-                        },
-                        constants={
-                            "Q": q,
-                            "K": k,
-                            "V": v,
-                            "HALF": half,
-                            "Q_NORM": norm and q > 0,
-                            "K_NORM": norm and k > 0,
-                            "BLOCK_HEADS": block_heads,
-                            "BLOCK_HALF": block_half,
-                        },
-                        options=OPTIONS,
-                        aligned=aligned,
-                    )
-                )
-    return cases
+
+    def signature(dtype: str) -> dict[str, str]:
+        return {
+            "dq_ptr": f"*{dtype}",
+            "dk_ptr": "*fp32",
+            "dv_ptr": "*fp32",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "index_ptr": "*i32",
+            **norm_pointers(dtype),
+            # Small gradients would vanish in float16.
+            "out_ptr": "*fp32" if dtype == "fp16" else f"*{dtype}",
+            "scaling": "fp32",
+        }
+
+    return cases_of_heads("heads_backward", _heads_backward_kernel, signature)

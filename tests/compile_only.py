@@ -224,12 +224,6 @@ class Kernel(ctypes.Structure):
     )
 
 
-def find_nvcc() -> str | None:
-    homes = (os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
-    path = os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")])
-    return shutil.which("nvcc", path=path)
-
-
 def cuda_archs(nvcc: str) -> list[int]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = set(listed.stdout.split())
@@ -366,6 +360,8 @@ def main(folder: Path, cuda_folder: Path, everything: bool) -> int:
         print("compile-only needs triton: pip install -e '.[test]'", file=sys.stderr)
         return 1
     sys.path.insert(0, str(ROOT))
+    from g2r_fast.building import find_nvcc
+
     sources, nvcc = sorted(cuda_folder.glob("*.cu")), find_nvcc()
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as threads:
         # Processes first: they are copies of this one, which should have no threads by then.

@@ -8,7 +8,9 @@ from pathlib import Path
 import compile_only
 import pytest
 
-NVCC = compile_only.find_nvcc()
+from g2r_fast import building
+
+NVCC = building.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 
 SOURCE = """
