@@ -31,7 +31,8 @@ from g2r_fast.engine import PackedEngine
 from g2r_fast.grad2reward import AttributionConfig, VerdictSignal
 from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder
-from g2r_fast.reference_logps import Rollout, WithReference
+from g2r_fast.reference_logps import WithReference
+from g2r_fast.rollouts import Rollout
 
 LIMIT = 1e-5  # nats per token, float32 against float64
 TEMPERATURE = 0.7

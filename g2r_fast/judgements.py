@@ -13,7 +13,7 @@ from .errors import InputError
 from .judge import Judge
 from .plan import PackedSequence
 from .reader import EncodedResponse, Prompt, Request, Response
-from .reference_logps import Rollout
+from .rollouts import Rollout
 from .reward_model import RewardModel
 from .rubric import Rubric
 

@@ -9,7 +9,7 @@ it, only the last layer's and the LM head's part over the response.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,27 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from . import triton_scoring
 from .grad2reward import check_finite
-from .plan import PackedSequence, Read
+from .plan import Read
+from .rollouts import Rollout
 from .signal import Cotangents, LeafRows, Signal
 
-__all__ = ["Rollout", "WithReference"]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A policy's context and what it sampled there, ids of the model's own vocabulary."""
-
-    prompt_ids: Sequence[int]  # at least one
-    response_ids: Sequence[int]
-    label: str = ""  # what errors call it
-
-    def sequence(self) -> PackedSequence | None:
-        """What the engine runs: up to the last token that predicts another; nothing comes back."""
-        if not self.response_ids:
-            return None
-        ids = [*self.prompt_ids, *self.response_ids[:-1]]
-        reads = tuple(range(len(self.prompt_ids) - 1, len(ids)))
-        return PackedSequence(ids, len(ids), reads, self.label)
+__all__ = ["WithReference"]
 
 
 class WithReference:
