@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 
+_ANY_WIDTH = 16  # what is asked of the native backend by an op that takes every width
+
+
 def qkv_forward(
     backend: Backend,
     layer: LayerWeights,
@@ -255,12 +258,18 @@ def squared_gradient_norms(
     either two symmetric Gram matrices, M² (in + out) FLOPs, `sum((A @ A.T) * (B @ B.T))`, or the
     gradient tile by tile, 2 M in out, whichever is less. Sums in float32, tiles in float64.
     """
-    return _scaled_back(eager_norms.squared_gradient_norms(inputs, grads, rows), rows)
+    run = eager_norms.squared_gradient_norms
+    if native_serves(grads.device, grads.dtype, _ANY_WIDTH):
+        run = native_stages.squared_gradient_norms
+    return _scaled_back(run(inputs, grads, rows), rows)
 
 
 def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
     """`x[rows].sum(0).square().sum()` of every sequence's rows, `[lanes]` float64."""
-    return _scaled_back(eager_norms.squared_row_sums(x, rows), rows)
+    run = eager_norms.squared_row_sums
+    if native_serves(x.device, x.dtype, x.shape[1]):
+        run = native_stages.squared_row_sums
+    return _scaled_back(run(x, rows), rows)
 
 
 def _scaled_back(squares: torch.Tensor, rows: LinearRows) -> torch.Tensor:
