@@ -95,6 +95,19 @@ def test_float32_saliencies_lose_nothing_in_the_rule() -> None:
     assert (weights - 1).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("tail", [5, 20, 60])
+def test_the_tail_sets_the_scale(tail: int) -> None:
+    """What docs/grail.md warns of: saliencies that differ fourfold, weights that do not."""
+    s = torch.cat([torch.linspace(0.1, 0.4, 20), torch.zeros(tail)])
+    q = tail / len(s)
+    span = AnswerSpan(19, 19, 20, 20)
+    weights = saliency_weights(s, span, overrides=False)[:20]
+    near = 1 + 0.5 * (q / (1 - q)) ** 0.5
+    assert weights.tolist() == pytest.approx([near] * 20, rel=0.08, abs=0)
+    apart = saliency_weights(s, span, overrides=False, after_span="excluded")[:20]
+    assert float(apart.max() - apart.min()) > 1
+
+
 # Through a model ---------------------------------------------------------------------------------
 
 ADVANTAGES = [-1.0, 0.5, -0.5, 0.0, 1.0, -2.0, 0.5, -1.0, -0.25]
