@@ -17,7 +17,7 @@ from .checks import OTHER_TOKENIZER, at_row, check_lengths, token_ids
 from .decoding import decode_with_spans
 from .errors import InputError, InputTypeError
 
-__all__ = ["AnswerSpan", "Marker", "find_answer_spans", "read_answer_span"]
+__all__ = ["AnswerSpan", "Marker", "find_answer_spans", "read_answer_span", "read_answer_spans"]
 
 Marker: TypeAlias = "str | tuple[str, str]"
 
@@ -86,6 +86,15 @@ def find_answer_spans(
                     fix=OTHER_TOKENIZER,
                 )
             found.append(_find(tokenizer, ids, scanner))
+    return found
+
+
+def read_answer_spans(spans: Sequence[Any], lengths: Sequence[int]) -> list[AnswerSpan | None]:
+    """One for each completion, of that many tokens; errors name the row."""
+    found = []
+    for row, (span, length) in enumerate(zip(spans, lengths, strict=True)):
+        with at_row(row):
+            found.append(read_answer_span(span, length))
     return found
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import base_model
 from .ambient import plain_torch
-from .answer_spans import AnswerSpan, find_answer_spans, read_answer_span
-from .checks import at_row, check_lengths, check_max_tokens
-from .engine import choose_engine
+from .answer_spans import AnswerSpan, find_answer_spans, read_answer_spans
+from .checks import check_lengths, check_max_tokens
+from .engine import Engine, choose_engine
 from .errors import InputError, InputTypeError
 from .grad2reward import check_finite, objective_cotangents
 from .plan import PackedSequence, Read
@@ -104,13 +105,15 @@ def token_weights(
     _check_rule(polarity, overrides, after_span)
     check_lengths(prompt_ids=prompt_ids, completion_ids=completion_ids, answer_spans=answer_spans)
     signs = _read_advantages(advantages, len(prompt_ids), polarity)
+    policy = base_model(policy)
     rollouts = read_rollouts(policy, prompt_ids, completion_ids)
-    spans = _read_spans(answer_spans, rollouts)
+    spans = read_answer_spans(answer_spans, [len(r.response_ids) for r in rollouts])
     wanted = [
         span if _applies(polarity, advantage) else None
         for span, advantage in zip(spans, signs, strict=True)
     ]
-    found = _saliencies(policy, rollouts, wanted, leaf, shift, temperature, engine, max_tokens)
+    chosen = choose_engine(policy, engine)
+    found = _saliencies(policy, chosen, rollouts, wanted, leaf, shift, temperature, max_tokens)
     device = policy.get_input_embeddings().weight.device
     weights = []
     for rollout, span, advantage, saliency in zip(rollouts, spans, signs, found, strict=True):
@@ -163,9 +166,11 @@ def token_saliencies(
     row.
     """
     check_lengths(prompt_ids=prompt_ids, completion_ids=completion_ids, answer_spans=answer_spans)
+    policy = base_model(policy)
     rollouts = read_rollouts(policy, prompt_ids, completion_ids)
-    spans = _read_spans(answer_spans, rollouts)
-    return _saliencies(policy, rollouts, spans, leaf, shift, temperature, engine, max_tokens)
+    spans = read_answer_spans(answer_spans, [len(r.response_ids) for r in rollouts])
+    chosen = choose_engine(policy, engine)
+    return _saliencies(policy, chosen, rollouts, spans, leaf, shift, temperature, max_tokens)
 
 
 def saliency_weights(
@@ -282,12 +287,12 @@ class SaliencySignal:
 
 def _saliencies(
     policy: Any,
+    engine: Engine,
     rollouts: Sequence[Rollout],
     spans: Sequence[AnswerSpan | None],
     leaf: str | int,
     shift: int,
     temperature: float,
-    engine: str,
     max_tokens: int | None,
 ) -> list[Tensor | None]:
     """`token_saliencies` of arguments that were read."""
@@ -296,7 +301,6 @@ def _saliencies(
         raise InputError("unknown shift", expected="0 | 1", got=repr(shift))
     check_temperature(temperature)
     check_max_tokens(max_tokens)
-    chosen_engine = choose_engine(policy, engine)
     weight = policy.get_input_embeddings().weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     found: list[Tensor | None] = [
@@ -315,12 +319,12 @@ def _saliencies(
         float(temperature),
     )
     with plain_torch():
-        run = chosen_engine.run(signal.sequences, signal, max_tokens)
+        run = engine.run(signal.sequences, signal, max_tokens)
         for place, row in enumerate(rows):
             found[row] = signal.saliency(place)
     logger.info(
         "GRAIL, %s engine (%s): %d of %d rows, %d of %d forward rows, %d backward rows",
-        chosen_engine.name, run.backend, len(rows), len(rollouts), run.rows_forward,
+        engine.name, run.backend, len(rows), len(rollouts), run.rows_forward,
         run.rows_unshared, run.rows_backward,
     )  # fmt: skip
     return found
@@ -368,14 +372,6 @@ def _check_rule(polarity: Any, overrides: Any, after_span: Any) -> None:
             raise InputError(
                 f"unknown {name}", expected=" | ".join(map(repr, known)), got=repr(value)
             )
-
-
-def _read_spans(answer_spans: Sequence[Any], rollouts: Sequence[Rollout]) -> list[Any]:
-    spans = []
-    for row, (span, rollout) in enumerate(zip(answer_spans, rollouts, strict=True)):
-        with at_row(row):
-            spans.append(read_answer_span(span, len(rollout.response_ids)))
-    return spans
 
 
 def _read_advantages(advantages: Any, count: int, polarity: str) -> list[float | None]:
