@@ -357,14 +357,17 @@ def check_finite(
     reads: Sequence[Read],
     labels: Sequence[str] | Mapping[int, str] | None = None,
 ) -> None:
-    """Raise InputError where a judge's logits hold NaN or infinity."""
-    finite = torch.isfinite(logits).all(-1)
+    """Raise InputError where a model's logits hold NaN or infinity."""
+    if not len(logits):
+        return
+    lowest, highest = logits.aminmax(dim=-1)  # of a row with NaN both are NaN; no copy is made
+    finite = lowest.isfinite() & highest.isfinite()
     if not bool(finite.all()):
         # Reads come in the trie's order: the first offender is the caller's.
         first = min(reads[int(i)].sequence for i in (~finite).nonzero())
         raise InputError(
-            "the judge's logits are not finite",
+            "the model's logits are not finite",
             expected="finite logits",
             index=f"sequence {first}" if labels is None else labels[first],
-            fix="Check the judge's weights; float16 judges may need bfloat16 or float32.",
+            fix="Check the model's weights; float16 models may need bfloat16 or float32.",
         )

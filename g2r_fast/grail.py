@@ -24,7 +24,7 @@ from .errors import InputError, InputTypeError
 from .grad2reward import check_finite, objective_cotangents
 from .plan import PackedSequence, Read
 from .rollouts import Rollout, check_temperature, read_rollouts
-from .signal import Cotangents, LeafRows
+from .signal import Cotangents, LeafRows, ReadsNoLinears
 
 __all__ = [
     "AFTER_SPAN",
@@ -199,10 +199,8 @@ def saliency_weights(
     return weights
 
 
-class SaliencySignal:
+class SaliencySignal(ReadsNoLinears):
     """Minus the log-likelihood of each sequence's answer, and norms at the leaf."""
-
-    reads_linears = False
 
     def __init__(
         self,
@@ -234,9 +232,6 @@ class SaliencySignal:
         values, scale = objective_cotangents(scaled, target, None, "logp")
         factors = scale.ldexp(torch.tensor(self._shifts(reads, scale)).to(scale.device))
         return Cotangents(range(len(reads)), values.mul_(-factors[:, None] / self._temperature))
-
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
-        """Nothing is read on the way."""
 
     def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
         """`s = (grads * values).norm(dim=-1)`; float32 or wider."""

@@ -94,14 +94,14 @@ JUDGES = [
         "logits that are not finite",
         batch(judge=lambda: Judge(deaf(), byte_bpe()), responses=with_row("responses", 2, [5, 7])),
         InputError,
-        "the judge's logits are not finite; expected finite logits; first at row 2, item 0. "
-        "Check the judge's weights; float16 judges may need bfloat16 or float32",
+        "the model's logits are not finite; expected finite logits; first at row 2, item 0. "
+        "Check the model's weights; float16 models may need bfloat16 or float32",
     ),
     BadInput(
         "tokens: logits that are not finite",
         tokens(model=deaf, input_ids=[[1] * 8, [1, 2, 3, 7, 5, 6, 8, 9], [2] * 8]),
         InputError,
-        "the judge's logits are not finite; expected finite logits; first at sequence 1",
+        "the model's logits are not finite; expected finite logits; first at sequence 1",
     ),
     BadInput(
         "a model that the packed engine does not know",
