@@ -6,15 +6,17 @@ and, but for chance, nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.flops import Sizes
 from bench.workload import SPECIAL_IDS
 
-__all__ = ["Answer", "Rollouts", "hidden_states", "make_rollouts"]
+__all__ = ["Answer", "Rollouts", "SignalRival", "hidden_states", "make_rollouts"]
 
 # One tensor per completion, or None where a completion has no answer.
 Answer = list[Tensor | None]
@@ -54,6 +56,15 @@ class Rollouts:
             "temperature": self.temperature,
             "hidden_states_given": bool(self.hidden),
         }
+
+
+@dataclass(frozen=True)
+class SignalRival:
+    title: str
+    run: Callable[[PreTrainedModel, Rollouts], Answer]
+    # As it works, see signal_flops.py; None for ours, which is held to what is required.
+    flops: Callable[[Sizes, Rollouts], int] | None = None
+    slow: bool = False  # gets fewer repetitions
 
 
 def make_rollouts(
