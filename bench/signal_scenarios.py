@@ -43,18 +43,22 @@ class SignalScenario:
 
     def build(self) -> tuple[PreTrainedModel, Rollouts]:
         model = build_model(self.model, dtype=getattr(torch, self.dtype), seed=self.seed)
-        rollouts = make_rollouts(
+        rollouts = self.rollouts(model.config.vocab_size)
+        if self.hidden_given:
+            rollouts = replace(rollouts, hidden=hidden_states(model, rollouts))
+        return model, rollouts
+
+    def rollouts(self, vocab_size: int) -> Rollouts:
+        """The workload but for hidden states, which take a model."""
+        return make_rollouts(
             group_size=self.group_size,
             prompt=self.prompt,
             completion=self.completion,
-            vocab_size=model.config.vocab_size,
+            vocab_size=vocab_size,
             temperature=self.temperature,
             parameters=self.parameters,
             seed=self.seed,
         )
-        if self.hidden_given:
-            rollouts = replace(rollouts, hidden=hidden_states(model, rollouts))
-        return model, rollouts
 
 
 _VIGOR = SignalScenario("", "vigor", tuple(VIGOR_RIVALS), memory=True)

@@ -2,8 +2,8 @@
 
     python -m bench.signals --scenario vigor-float32 --rivals ours,loop --save NAME
 
-Repetitions, ratios and the gate are those of `harness.py`: paired and alternating, medians of ratios
-within a repetition, and nothing is timed before it has given the loop's answers. Beside every ratio
+Repetitions, ratios and the gate are those of `harness.py`: paired and alternating, medians of
+ratios within a repetition, nothing timed before it has given the loop's answers. Beside every ratio
 stands the FLOP bound: what the rival multiplies over what the method requires (`signal_flops.py`).
 """
 

@@ -79,6 +79,8 @@ def opacus(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
         raise Unavailable("opacus is not installed: pip install opacus") from error
     if model.lm_head.weight is model.get_input_embeddings().weight:
         raise Unavailable("opacus does not support tied weights")
+    if model.dtype != torch.float32:
+        raise Unavailable("opacus's Gram matrices in bfloat16 err too much for the gate")
     lengths = [len(c) for c in rollouts.completions]
     count = len(lengths)
     sequences = [rollouts.sequence(i) for i in range(count)]
