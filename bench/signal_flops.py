@@ -20,8 +20,9 @@ over equal tokens of an embedding's gradient.
 
 A rival is counted as it works: `stock` is the transformers model, all rows in all layers and, in
 attention's backward, five products over every key; `swapped` is the same with the inside of
-`tuned.py`, which keeps probabilities, spares K and V gradients of constant keys, and in the last
-layer everything but K, V and Q of rows that nobody reads.
+`tuned.py`, which keeps probabilities (the passes above form the scores again), spares K and V
+gradients of constant keys, and in the last layer everything but K, V and Q of rows that nobody
+reads.
 """
 
 from __future__ import annotations
@@ -182,6 +183,7 @@ def swapped(
     body = sizes.layers - 1
     linear = body * rows * (kv + query + rest) + rows * (kv + query) + reads * rest
     linear += (reads if head is None else head) * sizes.hidden * sizes.vocab
+    unread = 0 if reads else rows * query  # queries that come from nowhere
     width = sizes.heads * sizes.head_dim
     behind = 0 if live is None else live
     seen = body * _keys(rows, before) + _keys(reads, before + rows - reads)
@@ -190,5 +192,5 @@ def swapped(
     if forward:
         total += 2 * (linear + 2 * width * seen)
     if backward:
-        total += 2 * (linear + width * 2 * (seen + graded))
+        total += 2 * (linear - unread + width * 2 * (seen + graded))
     return total
