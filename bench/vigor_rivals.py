@@ -40,11 +40,16 @@ def _trainable(model: PreTrainedModel, parameters: str) -> Iterator[list[torch.n
         model.requires_grad_(False)
 
 
+def _norm(grad: Tensor) -> Tensor:
+    rows = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32)
+    return rows.norm() if rows.ndim else rows
+
+
 def loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
     """One completion at a time: forward and `.backward()` over prompt and completion.
 
-    The squares are summed in float32; the official code's own sum in the gradient's dtype is no
-    faster, and in bfloat16 three digits would make the gate a wide one.
+    Norms are taken row by row and in float32: as fast as one of the whole, which is off by 7e-4 on
+    a head of 16 million float32 elements, and by three digits in bfloat16, too much for a gate.
     """
     found = []
     with _trainable(model, rollouts.parameters) as parameters:
@@ -52,11 +57,7 @@ def loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
             ids = rollouts.sequence(i)[None]
             out = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1)
             cross_entropy(out.logits[0, :-1].float(), completion).backward()
-            norms = [
-                torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-                for p in parameters
-                if p.grad is not None
-            ]
+            norms = [_norm(p.grad) for p in parameters if p.grad is not None]
             found.append(torch.stack(norms).norm())
             model.zero_grad()
     return [torch.stack(found)]
