@@ -7,7 +7,7 @@ and nothing else. The last layer is computed for the rows that are read, beyond 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ from .families import read_weights
 from .packed_backward import PackedBackward
 from .packed_forward import PackedForward
 from .plan import DecoderShape, PackedPlan, Read
-from .signal import Cotangents, LeafRows, Signal
+from .signal import Cotangents, LinearRows, Signal
+from .tables import read_linears
 from .tape import PassContext, Tape
 
 __all__ = ["FrozenDecoder", "Tape"]
@@ -75,21 +76,43 @@ class FrozenDecoder:
     def run(self, plan: PackedPlan, signal: Signal) -> int:
         """Forward, ask the signal, and back to its leaf; the number of backward rows."""
         tape = self.forward(plan, leaf=signal.leaf, keep_linears=signal.reads_linears)
+        backend = tape.context.backend
         chosen: list[int] = []
         grads: list[torch.Tensor] = []
-        elements = _LOGIT_ELEMENTS.get(self.weights.device.type, _LOGIT_ELEMENTS["cuda"])
-        step = max(1, elements // len(self.weights.head.weight))
-        for start in range(0, len(plan.reads), step):
-            reads = plan.reads[start : start + step]
+        for start, stop in self._chunks(plan, whole=signal.reads_linears):
+            reads = plan.reads[start:stop]
             cotangents = signal.cotangents(self.logits(tape, reads), reads)
             if cotangents is not None and len(cotangents.reads):
-                chosen.extend(start + i for i in cotangents.reads)
-                grads.append(self._through_head(tape, reads, cotangents, signal))
+                self._show_head(tape, reads, cotangents, signal)
+                if signal.leaf is not None:
+                    chosen.extend(start + i for i in cotangents.reads)
+                    grads.append(ops.linear_backward(backend, cotangents.values, self.weights.head))
+                del cotangents  # [reads, V]: the next one needs the room
         return self.backward(tape, chosen, torch.cat(grads), signal) if chosen else 0
+
+    def _chunks(self, plan: PackedPlan, whole: bool) -> Iterator[tuple[int, int]]:
+        """Stretches of the plan's reads whose logits are alive together; with `whole`, none ends
+        within a sequence, however many logits that makes."""
+        elements = _LOGIT_ELEMENTS.get(self.weights.device.type, _LOGIT_ELEMENTS["cuda"])
+        step = max(1, elements // len(self.weights.head.weight))
+        if not whole:
+            for start in range(0, len(plan.reads), step):
+                yield start, min(len(plan.reads), start + step)
+            return
+        start = stop = 0
+        for sequence in plan.sequences:
+            if stop > start and stop - start + len(sequence.reads) > step:
+                yield start, stop
+                start = stop
+            stop += len(sequence.reads)
+        if stop > start:
+            yield start, stop
 
     @_on_its_device
     @torch.no_grad()
-    def forward(self, plan: PackedPlan, *, leaf: int = 0, keep_linears: bool = False) -> Tape:
+    def forward(
+        self, plan: PackedPlan, *, leaf: int | None = 0, keep_linears: bool = False
+    ) -> Tape:
         """One pass over the plan's rows, keeping what a backward to `leaf` reads."""
         context = PassContext(self.weights, plan, self.backend(keep_linears))
         return PackedForward(context, leaf, keep_linears).run()
@@ -116,15 +139,18 @@ class FrozenDecoder:
         return tape.norm.normed[at] * self.weights.norm
 
     @torch.no_grad()
-    def _through_head(
+    def _show_head(
         self, tape: Tape, reads: Sequence[Read], cotangents: Cotangents, signal: Signal
-    ) -> torch.Tensor:
-        """`cotangents @ lm_head`, `[reads named, H]`."""
-        values = cotangents.values
-        if signal.reads_linears:
-            named = [reads[i] for i in cotangents.reads]
-            hidden = self._hidden(tape, named).to(tape.context.wide)
-            for read, inputs, grad in zip(named, hidden, values, strict=True):
-                rows = LeafRows((read.sequence,), read.position, read.position + 1)
-                signal.on_linear("lm_head", inputs[None], grad[None, None], rows)
-        return ops.linear_backward(tape.context.backend, values, self.weights.head)
+    ) -> None:
+        """The LM head to a signal that reads linear layers."""
+        if not signal.reads_linears:
+            return
+        named = [reads[i] for i in cotangents.reads]
+        hidden = self._hidden(tape, named)
+        rows = read_linears(named, torch.arange(len(named)), {})
+        device = self.weights.device
+        rows = LinearRows(
+            rows.lanes, rows.offsets, rows.kept.to(device), rows.rows.to(device), rows.exponents
+        )
+        outputs = {self.weights.head_name: cotangents.values.shape[1]}
+        signal.on_linear(outputs, hidden, cotangents.values.to(hidden.dtype), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from .decoder import FrozenDecoder
 from .errors import InputError, UnsupportedModelError
 from .fallback import AutogradEngine, EngineRun, Progress
 from .plan import DecoderShape, PackedPlan, PackedSequence, Read, micro_batches
-from .signal import Cotangents, LeafRows, Signal
+from .signal import Cotangents, LeafRows, LinearRows, Signal
 
 __all__ = ["ENGINES", "Engine", "EngineRun", "PackedEngine", "choose_engine"]
 
@@ -164,15 +164,23 @@ class _Renamed:
         return self._signal.cotangents(logits, renamed)
 
     def on_linear(
-        self, name: str, inputs: torch.Tensor, output_grads: torch.Tensor, rows: LeafRows
+        self,
+        outputs: Mapping[str, int],
+        inputs: torch.Tensor,
+        output_grads: torch.Tensor,
+        rows: LinearRows,
     ) -> None:
-        self._signal.on_linear(name, inputs, output_grads, self._rename(rows))
+        lanes = self._rename(rows.lanes)
+        self._signal.on_linear(outputs, inputs, output_grads, replace(rows, lanes=lanes))
+
+    def on_scale(self, name: str, products: torch.Tensor, rows: LinearRows) -> None:
+        self._signal.on_scale(name, products, replace(rows, lanes=self._rename(rows.lanes)))
 
     def on_leaf(self, rows: LeafRows, values: torch.Tensor, grads: torch.Tensor) -> None:
-        self._signal.on_leaf(self._rename(rows), values, grads)
+        self._signal.on_leaf(replace(rows, lanes=self._rename(rows.lanes)), values, grads)
 
-    def _rename(self, rows: LeafRows) -> LeafRows:
-        return replace(rows, lanes=tuple(self._names[lane] for lane in rows.lanes))
+    def _rename(self, lanes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self._names[lane] for lane in lanes)
 
 
 def _after_running_out(

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
 from .plan import PackedSequence, Read
-from .signal import LeafRows, Signal
+from .signal import LeafRows, LinearRows, Signal
 
 __all__ = ["AutogradEngine", "EngineRun", "Progress"]
 
@@ -93,9 +93,10 @@ class AutogradEngine:
         rows = LeafRows((index,), start, length)
         ids = torch.tensor(sequence.input_ids[offset:], device=self._device)
         keep = length - min(sequence.reads)
+        hidden = (signal.leaf or 0) > 0
         # A sequence that nothing comes back from needs no graph.
         with (
-            torch.set_grad_enabled(start < length),
+            torch.set_grad_enabled(start < length and signal.leaf is not None),
             self._linears_read(signal, rows, (len(ids), keep)),
         ):
             embeds = self.model.get_input_embeddings()(ids).detach()
@@ -104,13 +105,13 @@ class AutogradEngine:
                 torch.cat([embeds[: start - offset].detach(), live]),
                 cache,
                 keep,
-                output_hidden_states=signal.leaf > 0,
+                output_hidden_states=hidden,
             )
             logits = _by_position(output)
             shift = length - len(logits)
             logits = logits[torch.tensor([p - shift for p in sequence.reads])]
             leaf = live
-            if signal.leaf > 0:
+            if hidden:
                 leaf = output.hidden_states[signal.leaf]
             wide = torch.promote_types(logits.dtype, torch.float32)
             cotangents = signal.cotangents(logits.detach().to(wide), reads)
@@ -127,7 +128,7 @@ class AutogradEngine:
             if scale != 1.0 and not signal.reads_linears and not grads.isfinite().all():
                 scale = 1.0  # large gradients: no room above
                 (grads,) = torch.autograd.grad(chosen, leaf, cotangents.values.to(logits.dtype))
-        if signal.leaf > 0:
+        if hidden:
             leaf, grads = leaf[0, start - offset :], grads[0, start - offset :]
         grads = grads.to(wide) / scale
         signal.on_leaf(rows, leaf.detach().to(wide), grads[:, None])
@@ -210,13 +211,14 @@ class AutogradEngine:
                     )
                 first = rows.stop - len(seen)  # the position of its first row
                 skip = max(0, rows.start - first)
-                where = LeafRows(rows.lanes, first + skip, rows.stop)
                 wide = torch.promote_types(output.dtype, torch.float32)
                 scale = _COTANGENT_SCALE.get(output.dtype, 1.0)
 
                 def read(grad: Tensor) -> None:
-                    grads = grad.flatten(0, -2)[skip:, None].to(wide) / scale
-                    signal.on_linear(name, seen[skip:], grads, where)
+                    grads = grad.flatten(0, -2)[skip:].to(wide) / scale
+                    every = torch.arange(len(grads), dtype=torch.int32, device=grads.device)
+                    where = LinearRows(rows.lanes, (0, len(grads)), every, every, (0,))
+                    signal.on_linear({name: grads.shape[1]}, seen[skip:].to(wide), grads, where)
 
                 output.register_hook(read)
 

@@ -17,7 +17,7 @@ from . import triton_scoring
 from .errors import InputError
 from .ops import attribution, embedding_scores
 from .plan import Read
-from .signal import Cotangents, LeafRows
+from .signal import Cotangents, LeafRows, ReadsNoLinears
 
 __all__ = [
     "OBJECTIVES",
@@ -129,11 +129,10 @@ def softmax_attribution(scores: Tensor, config: AttributionConfig) -> Tensor:
     return attribution(wide, config.temperature, config.standardise)
 
 
-class EmbeddingScores:
+class EmbeddingScores(ReadsNoLinears):
     """Reads one score per token at the input embeddings, for some spans of some sequences."""
 
     leaf = 0
-    reads_linears = False
 
     def __init__(
         self,
@@ -148,9 +147,6 @@ class EmbeddingScores:
         self.device = device
         self.scale: dict[int, float] = {}
         self._scores: dict[int, Tensor] = {}
-
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
-        """Nothing is read on the way."""
 
     def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
         """`b = (grads * values).sum(-1)` or a norm of grads; arXiv 2602.01791, Eqs. 3, 11, 12."""

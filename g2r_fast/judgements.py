@@ -13,8 +13,8 @@ from .errors import InputError
 from .judge import Judge
 from .plan import PackedSequence
 from .reader import EncodedResponse, Prompt, Request, Response
-from .rollouts import Rollout
 from .reward_model import RewardModel
+from .rollouts import Rollout
 from .rubric import Rubric
 
 __all__ = ["Judgements"]

@@ -11,8 +11,8 @@ from itertools import accumulate
 import torch
 
 from .families import LayerWeights, Linear
-from .tables import QueryTables, RowMap, Watch
-from .tape import MlpTape, NormTape, Rotary
+from .tables import QueryTables, RowMap
+from .tape import MlpGrads, MlpTape, NormTape, QkvGrads, Rotary
 
 __all__ = [
     "attention_backward",
@@ -114,10 +114,9 @@ def mlp_backward(
     mlp: MlpTape,
     grad_attended: torch.Tensor,
     *,
-    attended: torch.Tensor | None,
-    watch: Watch | None,
+    shown: MlpGrads | None,
 ) -> None:
-    assert watch is None, "backends.py declines signals that read linear layers"
+    assert shown is None, "backends.py declines signals that read linear layers"
     torch.ops.g2r_fast.mlp_backward(
         dx,
         rows.index,
@@ -147,9 +146,9 @@ def qkv_backward(
     q_norm: NormTape | None,
     k_norm: NormTape | None,
     scaling: float,
-    watch: Watch | None,
+    shown: QkvGrads | None,
 ) -> None:
-    assert watch is None, "backends.py declines signals that read linear layers"
+    assert shown is None, "backends.py declines signals that read linear layers"
     torch.ops.g2r_fast.qkv_backward(
         dx,
         rows.index,

@@ -16,15 +16,16 @@ import torch
 from . import cuda_attention, native_stages, triton_attention, triton_scoring, triton_stages
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
+from .eager import norms as eager_norms
 from .eager import rows as eager_rows
 from .eager import stages as eager_stages
 from .eager.rows import attribution, rms_norm, rms_norm_backward
 from .families import LayerWeights, Linear
-from .tables import QueryTables, RowMap, Watch
-from .tape import MlpTape, NormTape, Rotary
+from .signal import LinearRows
+from .tables import QueryTables, RowMap
+from .tape import MlpGrads, MlpTape, NormTape, QkvGrads, Rotary
 
 __all__ = [
-    "Watch",
     "attention_backward",
     "attention_forward",
     "attribution",
@@ -38,6 +39,8 @@ __all__ = [
     "qkv_forward",
     "rms_norm",
     "rms_norm_backward",
+    "squared_gradient_norms",
+    "squared_row_sums",
 ]
 
 
@@ -84,7 +87,7 @@ def mlp_forward(
     """`x += attended @ w_o.T`, then `x += (act(h @ w_gate.T) * (h @ w_up.T)) @ w_down.T`.
 
     `h = rms_norm(x) * post_norm`; x `[rows, H]` in place; attended `[rows, heads, D]`; activation
-    `"silu"`, `"gelu"` or `"gelu_tanh"`.
+    `"silu"`, `"gelu"` or `"gelu_tanh"`. `mlp.activation`, unless None, gets the input of w_down.
     """
     _stages(backend).mlp_forward(
         layer, x, attended, rows, norm, mlp, eps=eps, activation=activation
@@ -100,16 +103,14 @@ def mlp_backward(
     mlp: MlpTape,
     grad_attended: torch.Tensor,
     *,
-    attended: torch.Tensor | None = None,
-    watch: Watch | None = None,
+    shown: MlpGrads | None = None,
 ) -> None:
     """The input gradients of `mlp_forward`: dx `[B, H]` in place, grad_attended `[B, heads, D]`.
 
-    `watch` sees every linear layer; for w_o that takes `attended`, `[kept, heads, D]`.
+    `shown`, where it is given, is filled. dx on entry is the output gradient of w_down, on return
+    that of w_o.
     """
-    _stages(backend).mlp_backward(
-        layer, dx, rows, norm, mlp, grad_attended, attended=attended, watch=watch
-    )
+    _stages(backend).mlp_backward(layer, dx, rows, norm, mlp, grad_attended, shown=shown)
 
 
 def qkv_backward(
@@ -126,15 +127,16 @@ def qkv_backward(
     q_norm: NormTape | None = None,
     k_norm: NormTape | None = None,
     scaling: float,
-    watch: Watch | None = None,
+    shown: QkvGrads | None = None,
 ) -> None:
     """`dx +=` the input gradient of `qkv_forward`; what is None sends nothing.
 
     dx `[B, H]`; dq `[B, heads, D]`; dk and dv `[B, kv_heads, D]`; rotary of the rows that are kept.
+    `shown`, where it is given, is filled.
     """
     _stages(backend).qkv_backward(
         layer, dx, rows, norm, rotary,
-        dq=dq, dk=dk, dv=dv, q_norm=q_norm, k_norm=k_norm, scaling=scaling, watch=watch,
+        dq=dq, dk=dk, dv=dv, q_norm=q_norm, k_norm=k_norm, scaling=scaling, shown=shown,
     )  # fmt: skip
 
 
@@ -242,6 +244,29 @@ def attribution_rewards(
     elif native_is_there(scores.device):
         run = native_stages.attribution_rewards
     return run(scores, lengths, weights, starts, count, temperature, standardise)
+
+
+def squared_gradient_norms(
+    inputs: torch.Tensor, grads: torch.Tensor, rows: LinearRows
+) -> torch.Tensor:
+    """`(inputs[kept].T @ grads[rows]).square().sum()` of every sequence's rows, `[lanes]` float64.
+
+    inputs `[n, in]` and grads `[r, out]` of one dtype. No weight gradient is formed: for M rows
+    either two symmetric Gram matrices, M² (in + out) FLOPs, `sum((A @ A.T) * (B @ B.T))`, or the
+    gradient tile by tile, 2 M in out, whichever is less. Sums in float32, tiles in float64.
+    """
+    return _scaled_back(eager_norms.squared_gradient_norms(inputs, grads, rows), rows)
+
+
+def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
+    """`x[rows].sum(0).square().sum()` of every sequence's rows, `[lanes]` float64."""
+    return _scaled_back(eager_norms.squared_row_sums(x, rows), rows)
+
+
+def _scaled_back(squares: torch.Tensor, rows: LinearRows) -> torch.Tensor:
+    if not any(rows.exponents):
+        return squares
+    return squares.ldexp(torch.tensor(rows.exponents, device=squares.device) * 2)
 
 
 def _stages(backend: Backend) -> Any:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
 from . import ops
 from .families import LayerWeights
+from .packed_linears import LinearReader
 from .plan import Read, column
 from .signal import Signal
 from .tables import (
-    Piece,
     QueryTables,
     RowMap,
-    Watch,
+    backward_linears,
     backward_queries,
     backward_read_queries,
     backward_reads,
     backward_rows,
+    read_linears,
 )
 from .tape import LayerTape, Tape
 
@@ -40,8 +40,7 @@ class PackedBackward:
         self.tape = tape
         self.signal = signal
         self.backward = tape.plan.backward({tape.plan.reads[i].sequence for i in chosen})
-        self.merge = not signal.reads_linears  # a linear's reader wants the lanes of each token
-        self.rows = backward_rows(tape.plan, self.backward, context.chunk, self.merge)
+        self.rows = backward_rows(tape.plan, self.backward, context.chunk)
         # The reads enter in path order, the lanes of a segment one after the other.
         reads = tape.plan.reads
         order = sorted(
@@ -56,7 +55,8 @@ class PackedBackward:
 
     def run(self, grads: torch.Tensor) -> int:
         """`grads` `[chosen reads, H]`; returns the number of backward rows."""
-        if not self.backward.rows and not self.signal.reads_linears:
+        leaf = self.signal.leaf
+        if leaf is None or not (self.backward.rows or self.signal.reads_linears):
             return 0
         context, weights, tape = self.context, self.weights, self.tape
         place = tape.plan.read_places
@@ -65,6 +65,15 @@ class PackedBackward:
         grads = grads[self.enters]
         if context.scales_lanes:
             grads = self._scaled(grads)
+        reader = None
+        if self.signal.reads_linears:
+            reader = LinearReader(
+                context,
+                self.signal,
+                every=backward_linears(self.backward, self._exponents),
+                reads=read_linears(self.reads, at_on_host, self._exponents),
+            )
+            reader.norm("model.norm", grads, tape.norm.normed[at])
         entering = torch.zeros_like(grads)
         ops.rms_norm_backward(
             grads[:, None],
@@ -73,15 +82,15 @@ class PackedBackward:
             tape.norm.rstd[at],
             entering[:, None],
         )
-        read_map = backward_reads(self.reads, at_on_host, context.chunk, self.merge)
-        dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, read_map, entering)
-        body = range(len(weights.layers) - 2, self.signal.leaf - 1, -1)
+        read_map = backward_reads(at_on_host, context.chunk)
+        dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, read_map, entering, reader)
+        body = range(len(weights.layers) - 2, leaf - 1, -1)
         if body:
             queries = backward_queries(tape.plan, self.backward, context.saved_rows_on_host)
             shape = (self.backward.rows, weights.heads, weights.head_dim)
             grad_out, dq = context.empty_gradient(*shape), context.empty_gradient(*shape)
             for i in body:
-                self._layer(weights.layers[i], tape.layers[i], queries, dx, grad_out, dq)
+                self._layer(weights.layers[i], tape.layers[i], queries, dx, grad_out, dq, reader)
         self._at_leaf(dx)
         return self.backward.rows
 
@@ -93,21 +102,27 @@ class PackedBackward:
         dx: torch.Tensor,  # [backward rows, H], in place
         grad_out: torch.Tensor,  # [backward rows, heads, head_dim], for use here, as is dq
         dq: torch.Tensor,
+        reader: LinearReader | None,
     ) -> None:
-        context, watch = self.context, self._watch(layer)
+        context = self.context
+        shown = None if reader is None else reader.before_mlp(layer, tape.mlp, dx)
         ops.mlp_backward(
-            context.backend, layer, dx, self.rows, tape.norm_mid, tape.mlp, grad_out,
-            attended=tape.out, watch=watch,
-        )  # fmt: skip
+            context.backend, layer, dx, self.rows, tape.norm_mid, tape.mlp, grad_out, shown=shown
+        )
+        if reader is not None:
+            reader.after_mlp(layer, tape, dx)
         ops.attention_backward(
             context.backend, queries, tape.q, tape.k, tape.v, tape.out, tape.lse,
             grad_out, dq, self._dk, self._dv, window=layer.window,
         )  # fmt: skip
+        sent = None if reader is None else reader.before_qkv(layer, len(dx), "qkv")
         ops.qkv_backward(
             context.backend, layer, dx, self.rows, tape.norm_in, context.rotary_saved,
             dq=dq, dk=self._dk, dv=self._dv, q_norm=tape.q_norm, k_norm=tape.k_norm,
-            scaling=self.weights.scaling, watch=watch,
+            scaling=self.weights.scaling, shown=sent,
         )  # fmt: skip
+        if reader is not None:
+            reader.after_qkv(layer, tape.norm_in, "qkv")
 
     def _last_layer(
         self,
@@ -116,40 +131,50 @@ class PackedBackward:
         at: torch.Tensor,
         rows: RowMap,
         grad: torch.Tensor,
+        reader: LinearReader | None,
     ) -> torch.Tensor:
         """Enters at the reads, `[reads, H]`; leaves at every backward row, `[rows, H]`.
 
         Read i came from row `at[i]` of what the forward kept of the rows that are read; so does
         `rows` have it.
         """
-        context, watch = self.context, self._watch(layer)
+        context = self.context
         queries = backward_read_queries(self.tape.plan, self.backward, self.reads)
         q, lse = tape.q[at], tape.lse[at]
         out = None if tape.out is None else tape.out[at]
         grad_out, dq = context.empty_gradient(*q.shape), context.empty_gradient(*q.shape)
+        shown = None if reader is None else reader.before_mlp(layer, tape.mlp, grad)
         ops.mlp_backward(
-            context.backend, layer, grad, rows, tape.norm_mid, tape.mlp, grad_out,
-            attended=tape.out, watch=watch,
-        )  # fmt: skip
+            context.backend, layer, grad, rows, tape.norm_mid, tape.mlp, grad_out, shown=shown
+        )
+        if reader is not None:
+            reader.after_mlp(layer, tape, grad)
         ops.attention_backward(
             context.backend, queries, q, tape.k, tape.v, out, lse,
             grad_out, dq, self._dk, self._dv, window=layer.window,
         )  # fmt: skip
+        sent = None if reader is None else reader.before_qkv(layer, len(grad), "q")
         ops.qkv_backward(
             context.backend, layer, grad, rows, tape.query_norm_in, context.rotary_read,
-            dq=dq, q_norm=tape.q_norm, scaling=self.weights.scaling, watch=watch,
+            dq=dq, q_norm=tape.q_norm, scaling=self.weights.scaling, shown=sent,
         )  # fmt: skip
+        if reader is not None:
+            reader.after_qkv(layer, tape.query_norm_in, "q")
+            reader.enter_every_row()
         dx = grad.new_zeros(self.backward.rows, grad.shape[1])
         # A read in front of its sequence's backward_start sends nothing to any row.
         entries = [self._backward_row(read) for read in self.reads]
         inside = context.index([i for i, row in enumerate(entries) if row is not None])
         arrives = context.index([row for row in entries if row is not None])
         dx.index_add_(0, arrives, grad[inside])
+        sent = None if reader is None else reader.before_qkv(layer, len(dx), "kv")
         ops.qkv_backward(
             context.backend, layer, dx, self.rows, tape.norm_in, context.rotary_saved,
             dk=self._dk, dv=self._dv, k_norm=tape.k_norm,
-            scaling=self.weights.scaling, watch=watch,
+            scaling=self.weights.scaling, shown=sent,
         )  # fmt: skip
+        if reader is not None:
+            reader.after_qkv(layer, tape.norm_in, "kv")
         return dx
 
     def _at_leaf(self, dx: torch.Tensor) -> None:
@@ -185,16 +210,6 @@ class PackedBackward:
             for run in self.backward.runs
         ]
         return self.context.index(torch.cat(rows))
-
-    def _watch(self, layer: LayerWeights) -> Watch | None:
-        return partial(self._read, layer.name) if self.signal.reads_linears else None
-
-    def _read(
-        self, layer: str, name: str, inputs: torch.Tensor, grad: torch.Tensor, piece: Piece
-    ) -> None:
-        (rows,) = piece.members
-        grads = grad.view(-1, piece.lanes, grad.shape[-1])
-        self.signal.on_linear(f"{layer}.{name}", inputs, grads, rows)
 
     def _backward_row(self, read: Read) -> int | None:
         run = self.backward.by_segment.get(read.segment)

@@ -23,11 +23,11 @@ class PackedForward:
     """One pass over a plan's rows.
 
     Args:
-        leaf: index of the hidden state to keep for the signal, 0 for the embeddings.
+        leaf: index of the hidden state to keep for the signal; 0, the embeddings, and None: none.
         keep_linears: keep the inputs of every linear layer too.
     """
 
-    def __init__(self, context: PassContext, leaf: int, keep_linears: bool) -> None:
+    def __init__(self, context: PassContext, leaf: int | None, keep_linears: bool) -> None:
         self.context = context
         self.weights = context.weights
         self.leaf = leaf

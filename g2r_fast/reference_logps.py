@@ -8,7 +8,7 @@ it, only the last layer's and the LM head's part over the response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from . import triton_scoring
 from .grad2reward import check_finite
 from .plan import Read
 from .rollouts import Rollout
-from .signal import Cotangents, LeafRows, Signal
+from .signal import Cotangents, LeafRows, LinearRows, Signal
 
 __all__ = ["WithReference"]
 
@@ -58,8 +58,13 @@ class WithReference:
             return None
         return replace(found, reads=[inner[i] for i in found.reads])
 
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
-        self._signal.on_linear(name, inputs, output_grads, rows)
+    def on_linear(
+        self, outputs: Mapping[str, int], inputs: Tensor, output_grads: Tensor, rows: LinearRows
+    ) -> None:
+        self._signal.on_linear(outputs, inputs, output_grads, rows)
+
+    def on_scale(self, name: str, products: Tensor, rows: LinearRows) -> None:
+        self._signal.on_scale(name, products, rows)
 
     def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
         self._signal.on_leaf(rows, values, grads)

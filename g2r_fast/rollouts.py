@@ -1,4 +1,4 @@
-"""Prompts and the completions that a policy sampled there, as ids; what GRAIL, G2RL and VIGOR take."""
+"""Prompts and the completions that a policy sampled there, as ids: what GRAIL, G2RL, VIGOR take."""
 
 from __future__ import annotations
 

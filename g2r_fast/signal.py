@@ -1,16 +1,19 @@
 """What a method tells the engine. The engine knows nothing of rewards; a signal is four answers.
 
 1. `cotangents`: which of the logits that were read send something back, and what.
-2. `leaf`: where the backward may stop, 0 for the input embeddings, i for hidden state i.
-3. `on_linear` (only if `reads_linears`): what to read at every linear layer on the way.
+2. `leaf`: where the backward may stop, 0 for the input embeddings, i for hidden state i; None: at
+   the LM head, nothing goes back behind it.
+3. `on_linear` and `on_scale` (only if `reads_linears`): what to read at every linear layer and at
+   every weight of a norm on the way.
 4. `on_leaf`: what to read where the backward stops; the signal keeps it and finishes by itself.
 
-Both engines, packed and autograd, ask the same four questions.
+Both engines, packed and autograd, ask the same questions; the autograd engine does not know which
+of a model's modules are norms and never asks `on_scale`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +21,7 @@ import torch
 
 from .plan import Read
 
-__all__ = ["Cotangents", "LeafRows", "Signal"]
+__all__ = ["Cotangents", "LeafRows", "LinearRows", "ReadsNoLinears", "Signal"]
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,60 @@ class LeafRows:
     stop: int
 
 
+@dataclass(frozen=True)
+class LinearRows:
+    """Which rows of what a layer shows belong to which sequence.
+
+    Entries [offsets[j], offsets[j + 1]) are those of sequence `lanes[j]`, in the order of its
+    positions: entry e has its inputs in row `kept[e]` and its output gradients in row `rows[e]`.
+    Sequences share rows of inputs, never rows of gradients. The gradients of `lanes[j]` are to be
+    multiplied by `2 ** exponents[j]`.
+    """
+
+    lanes: tuple[int, ...]
+    offsets: tuple[int, ...]  # [len(lanes) + 1], ascending from 0
+    kept: torch.Tensor  # [entries] int32
+    rows: torch.Tensor  # [entries] int32
+    exponents: tuple[int, ...]  # all 0 but in float16 on a GPU
+
+
 class Signal(Protocol):
     """A method, as far as the engine is concerned."""
 
-    leaf: int
-    reads_linears: bool
+    @property
+    def leaf(self) -> int | None: ...
+
+    @property
+    def reads_linears(self) -> bool: ...
 
     def cotangents(self, logits: torch.Tensor, reads: Sequence[Read]) -> Cotangents | None:
         """What goes back from `logits` `[len(reads), V]`, float32 or wider; None: nothing.
 
-        Called once per chunk of reads, in the plan's order. A sequence comes back when any of its
-        reads is named.
+        Called once per chunk of reads, in the plan's order; where `reads_linears`, a chunk holds
+        all reads of every sequence in it. A sequence comes back when any of its reads is named.
         """
         ...
 
     def on_linear(
-        self, name: str, inputs: torch.Tensor, output_grads: torch.Tensor, rows: LeafRows
+        self,
+        outputs: Mapping[str, int],
+        inputs: torch.Tensor,
+        output_grads: torch.Tensor,
+        rows: LinearRows,
     ) -> None:
-        """Inputs `[n, in]` and output gradients `[n, lanes, out]` of one linear layer.
+        """Inputs `[kept, in]` and output gradients `[rows, out]` of linear layers with one input.
 
-        `name` is the module's name in the model. `lm_head` is called with the reads' rows.
+        `outputs`: the modules' names in the model, and the width of each: their columns lie side
+        by side in `output_grads`. The LM head is shown with the rows that are read. Views of memory
+        that is reused: read, do not keep.
+        """
+        ...
+
+    def on_scale(self, name: str, products: torch.Tensor, rows: LinearRows) -> None:
+        """`output_grads * normalised inputs`, `[rows, X]` float32 or wider, of the norm `name`.
+
+        Its sum over a sequence's rows is the gradient of the norm's weight; where a layer asks
+        twice, of its queries and of its keys, of both sums.
         """
         ...
 
@@ -72,3 +109,21 @@ class Signal(Protocol):
         Views of memory that is reused: read, do not keep.
         """
         ...
+
+
+class ReadsNoLinears:
+    """The part of a signal that has nothing to read on the way back."""
+
+    reads_linears = False
+
+    def on_linear(
+        self,
+        outputs: Mapping[str, int],
+        inputs: torch.Tensor,
+        output_grads: torch.Tensor,
+        rows: LinearRows,
+    ) -> None:
+        """Never asked."""
+
+    def on_scale(self, name: str, products: torch.Tensor, rows: LinearRows) -> None:
+        """Never asked."""

@@ -6,7 +6,7 @@ want: slices and tuples for the PyTorch operations, int32 and int64 tensors for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from .plan import BackwardPlan, PackedPlan, Read, column, table
-from .signal import LeafRows
+from .signal import LeafRows, LinearRows
 
 __all__ = [
     "Piece",
     "QueryBlock",
     "QueryTables",
     "RowMap",
-    "Watch",
+    "backward_linears",
     "backward_queries",
     "backward_read_queries",
     "backward_reads",
@@ -31,6 +31,7 @@ __all__ = [
     "forward_read_queries",
     "forward_reads",
     "forward_rows",
+    "read_linears",
 ]
 
 
@@ -46,10 +47,6 @@ class Piece:
     @property
     def tokens(self) -> int:
         return (self.rows.stop - self.rows.start) // self.lanes
-
-
-# A linear layer's name, inputs [tokens, in] and output gradients [tokens * lanes, out]; where.
-Watch = Callable[[str, torch.Tensor, torch.Tensor, Piece], None]
 
 
 @dataclass(frozen=True)
@@ -208,10 +205,10 @@ def forward_read_queries(plan: PackedPlan) -> QueryTables:
     return QueryTables(plan, plan.positions[read], segments, starts, counts)
 
 
-def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: bool) -> RowMap:
+def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int) -> RowMap:
     """Backward rows in pieces of at most `chunk`, each with one number of lanes.
 
-    With `merge`, single-lane runs that follow each other are one piece.
+    Single-lane runs that follow each other are one piece.
     """
     pieces: list[Piece] = []
     members: list[LeafRows] = []  # of the piece that is still open; so are the next four
@@ -230,7 +227,7 @@ def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: b
             kept, start = run.saved_row + token, run.start + token
             tokens = min(step, run.tokens - token)
             follows = lanes == width == 1 and kept == saved_stop
-            if not (merge and follows and kept + tokens - saved <= chunk):
+            if not (follows and kept + tokens - saved <= chunk):
                 close()
                 row, saved, width = run.row + token * lanes, kept, lanes
             saved_stop = kept + tokens
@@ -239,14 +236,42 @@ def backward_rows(plan: PackedPlan, backward: BackwardPlan, chunk: int, merge: b
     return RowMap(tuple(pieces))
 
 
-def backward_reads(reads: Sequence[Read], at: torch.Tensor, chunk: int, merge: bool) -> RowMap:
+def backward_reads(at: torch.Tensor, chunk: int) -> RowMap:
     """One row for each read, which reads row `at[i]` of what was kept."""
-    members = [LeafRows((r.sequence,), r.position, r.position + 1) for r in reads]
-    step = chunk if merge else 1
-    stretches = (slice(i, min(len(reads), i + step)) for i in range(0, len(reads), step))
+    stretches = (slice(i, min(len(at), i + chunk)) for i in range(0, len(at), chunk))
     # (Of no rows, split makes one part.)
-    parts = zip(stretches, at.split(step), strict=bool(reads))
-    return RowMap(tuple(Piece(s, saved, 1, tuple(members[s])) for s, saved in parts))
+    parts = zip(stretches, at.split(chunk), strict=bool(len(at)))
+    return RowMap(tuple(Piece(rows, saved) for rows, saved in parts))
+
+
+def backward_linears(backward: BackwardPlan, exponents: Mapping[int, int]) -> LinearRows:
+    """Every backward row, by sequence."""
+    kept: dict[int, list[torch.Tensor]] = {}
+    rows: dict[int, list[torch.Tensor]] = {}
+    for run in backward.runs:
+        tokens = torch.arange(run.tokens, dtype=torch.int32)
+        for place, lane in enumerate(run.lanes):
+            kept.setdefault(lane, []).append(tokens + run.saved_row)
+            rows.setdefault(lane, []).append(tokens * len(run.lanes) + (run.row + place))
+    lanes = tuple(sorted(rows))
+    return _linear_rows(
+        lanes,
+        [torch.cat(kept[lane]) for lane in lanes],
+        [torch.cat(rows[lane]) for lane in lanes],
+        exponents,
+    )
+
+
+def read_linears(
+    reads: Sequence[Read], at: torch.Tensor, exponents: Mapping[int, int]
+) -> LinearRows:
+    """One row for each read, by sequence; read i has its inputs in row `at[i]`."""
+    places: dict[int, list[int]] = {}
+    for place in sorted(range(len(reads)), key=lambda i: reads[i].position):
+        places.setdefault(reads[place].sequence, []).append(place)
+    lanes = tuple(sorted(places))
+    rows = [column(places[lane]) for lane in lanes]
+    return _linear_rows(lanes, [at[of] for of in rows], rows, exponents)
 
 
 def backward_queries(
@@ -282,6 +307,22 @@ def backward_read_queries(
         backward,
         [(sequences[i],) for i in starts],
         starts,
+    )
+
+
+def _linear_rows(
+    lanes: tuple[int, ...],
+    kept: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    exponents: Mapping[int, int],
+) -> LinearRows:
+    none = torch.empty(0, dtype=torch.int32)
+    return LinearRows(
+        lanes,
+        tuple(accumulate((len(of) for of in rows), initial=0)),
+        torch.cat([none, *kept]).to(torch.int32),
+        torch.cat([none, *rows]).to(torch.int32),
+        tuple(exponents.get(lane, 0) for lane in lanes),
     )
 
 

@@ -12,7 +12,17 @@ from .backends import Backend
 from .families import DecoderWeights
 from .plan import PackedPlan
 
-__all__ = ["LayerTape", "MlpTape", "NormTape", "PassContext", "Rotary", "Tape", "tensors_in"]
+__all__ = [
+    "LayerTape",
+    "MlpGrads",
+    "MlpTape",
+    "NormTape",
+    "PassContext",
+    "QkvGrads",
+    "Rotary",
+    "Tape",
+    "tensors_in",
+]
 
 # Rows per product: tall enough for the matrix library's full rate, small enough that what lies
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
@@ -42,6 +52,24 @@ class MlpTape:
     d_gate: torch.Tensor  # [query, I]
     d_up: torch.Tensor
     activation: torch.Tensor | None = None  # [query, I], only for signals that read linears
+
+
+@dataclass(frozen=True)
+class MlpGrads:
+    """What a backward of the MLP hands out where linear layers are read; backward rows."""
+
+    gate_up: torch.Tensor  # [B, 2 * I], the model's dtype: output gradients, gate's first
+    norm: torch.Tensor  # [B, H], float32 or wider: gradient of the norm's output * `normed`
+
+
+@dataclass(frozen=True)
+class QkvGrads:
+    """What a backward of the projections hands out where linear layers are read."""
+
+    projected: torch.Tensor  # [B, X], the model's dtype: output gradients of q, k, v that were sent
+    norm: torch.Tensor  # [B, H], as of MlpGrads
+    q_norm: torch.Tensor | None  # [B, D], the same of the heads' norm, summed over the heads
+    k_norm: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,7 @@ class PassContext:
         self.read_rows = self.index(plan.read_rows)
         self.input_ids = plan.input_ids.to(self.device)
         self.all_saved = plan.saved_rows == plan.rows
-        self.scales_lanes = backend.on_gpu and weights.dtype == torch.float16
+        self.scales_lanes = weights.dtype == torch.float16
 
     def index(self, rows: torch.Tensor | tuple[int, ...] | list[int]) -> torch.Tensor:
         return torch.as_tensor(rows, dtype=torch.int64, device=self.device)

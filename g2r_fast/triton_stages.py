@@ -23,8 +23,8 @@ from g2r_fast.kernels.row_dot import row_dot
 
 from .eager import rows as eager_rows
 from .families import LayerWeights, Linear
-from .tables import RowMap, Watch
-from .tape import MlpTape, NormTape, Rotary
+from .tables import RowMap
+from .tape import MlpGrads, MlpTape, NormTape, QkvGrads, Rotary
 
 __all__ = [
     "embedding_scores",
@@ -120,10 +120,9 @@ def mlp_backward(
     mlp: MlpTape,
     grad_attended: torch.Tensor,
     *,
-    attended: torch.Tensor | None,
-    watch: Watch | None,
+    shown: MlpGrads | None,
 ) -> None:
-    assert watch is None, "backends.py declines signals that read linear layers"
+    assert shown is None, "backends.py declines signals that read linear layers"
     storage = norm.normed.dtype
     index = rows.index_on(dx.device)
     width = len(layer.gate.weight)
@@ -167,9 +166,9 @@ def qkv_backward(
     q_norm: NormTape | None,
     k_norm: NormTape | None,
     scaling: float,
-    watch: Watch | None,
+    shown: QkvGrads | None,
 ) -> None:
-    assert watch is None, "backends.py declines signals that read linear layers"
+    assert shown is None, "backends.py declines signals that read linear layers"
     storage = norm.normed.dtype
     sent = [
         linear for linear, out in ((layer.q, dq), (layer.k, dk), (layer.v, dv)) if out is not None

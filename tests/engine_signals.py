@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patterns import Batch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from g2r_fast.engine import PackedEngine
 from g2r_fast.plan import PackedSequence, Read
-from g2r_fast.signal import Cotangents, LeafRows
+from g2r_fast.signal import Cotangents, LeafRows, LinearRows
 
 
 class Recorder:
@@ -28,9 +28,20 @@ class Recorder:
             values[i, self.target_ids[read.sequence]] += 1
         return Cotangents(range(len(reads)), values)
 
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
+    def on_linear(
+        self, outputs: Mapping[str, int], inputs: Tensor, output_grads: Tensor, rows: LinearRows
+    ) -> None:
         for lane, sequence in enumerate(rows.lanes):
-            grad = output_grads[:, lane].mT.to(inputs.dtype) @ inputs
+            entries = slice(rows.offsets[lane], rows.offsets[lane + 1])
+            grads = output_grads[rows.rows[entries]] * 2.0 ** rows.exponents[lane]
+            formed = grads.mT @ inputs[rows.kept[entries]]
+            for name, part in zip(outputs, formed.split(list(outputs.values())), strict=True):
+                self.weight_grads[sequence, name] = part
+
+    def on_scale(self, name: str, products: Tensor, rows: LinearRows) -> None:
+        for lane, sequence in enumerate(rows.lanes):
+            entries = slice(rows.offsets[lane], rows.offsets[lane + 1])
+            grad = products[rows.rows[entries]].sum(0) * 2.0 ** rows.exponents[lane]
             key = (sequence, name)
             self.weight_grads[key] = self.weight_grads.get(key, 0) + grad
 

@@ -206,7 +206,7 @@ def test_linears_are_shown_what_their_weight_gradients_need(variant: str) -> Non
     for i, (ids, _, target) in enumerate(batch.rows):
         model.requires_grad_(True)
         logp = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)[target]
-        names = [n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        names = [n for n in dict(model.named_parameters()) if "embed" not in n and "bias" not in n]
         grads = torch.autograd.grad(logp, [model.get_parameter(n) for n in names])
         for name, grad in zip(names, grads, strict=True):
             shown = signal.weight_grads[i, name.removesuffix(".weight")]

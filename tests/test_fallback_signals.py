@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from g2r_fast.fallback import AutogradEngine
 from g2r_fast.grad2reward import TargetSignal
 from g2r_fast.plan import PackedSequence, Read
 from g2r_fast.reference import relative_error
-from g2r_fast.signal import Cotangents, LeafRows
+from g2r_fast.signal import Cotangents, LeafRows, LinearRows
 
 
 class Anywhere(TargetSignal):
@@ -38,8 +38,11 @@ class Anywhere(TargetSignal):
         (sequence,) = rows.lanes
         self.at_leaf[sequence] = (rows, values.clone(), grads[:, 0].clone())
 
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
-        seen = (inputs.clone(), output_grads[:, 0].clone(), rows)
+    def on_linear(
+        self, outputs: Mapping[str, int], inputs: Tensor, output_grads: Tensor, rows: LinearRows
+    ) -> None:
+        (name,) = outputs
+        seen = (inputs.clone(), output_grads.clone(), rows)
         self.linears.setdefault(name, []).append(seen)
 
 
@@ -120,7 +123,7 @@ def test_every_linear_layer_is_read(name: str) -> None:
         formed = torch.stack(products).sum(0)
         assert relative_error(formed, weight) <= FLOAT32
         for inputs, grads, rows in signal.linears[layer]:
-            assert len(inputs) == len(grads) == rows.stop - rows.start
+            assert rows.offsets == (0, len(inputs)) == (0, len(grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -142,8 +145,8 @@ def test_linears_behind_a_shared_prefix(name: str, dtype: torch.dtype) -> None:
         single = read([i])
         for layer, ((inputs, grads, rows),) in single.linears.items():
             (found,) = [seen for seen in together.linears[layer] if seen[2].lanes == (i,)]
-            assert (found[2].start, found[2].stop) == (rows.start, rows.stop)
-            assert rows.start >= spans[i][0] and rows.stop == len(ids[i])
+            assert found[2].offsets == rows.offsets
+            assert 1 <= rows.offsets[-1] <= len(ids[i]) - spans[i][0]
             assert grads.dtype == torch.float32
             tolerance = FLOAT32 if dtype == torch.float32 else 0.1
             assert relative_error(found[0], inputs) <= tolerance

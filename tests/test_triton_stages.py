@@ -190,11 +190,9 @@ def test_mlp_backward(dtype: torch.dtype, width: int, monkeypatch: pytest.Monkey
     expected = double((dx, grad_attended))
     eager_stages.mlp_backward(
         double(layer), expected[0], BACKWARD, double(norm), double(mlp), expected[1],
-        attended=None, watch=None,
+        shown=None,
     )  # fmt: skip
-    triton_stages.mlp_backward(
-        layer, dx, BACKWARD, norm, mlp, grad_attended, attended=None, watch=None
-    )
+    triton_stages.mlp_backward(layer, dx, BACKWARD, norm, mlp, grad_attended, shown=None)
     assert_close((dx, grad_attended), expected, dtype)
 
 
@@ -218,10 +216,10 @@ def test_qkv_backward(dtype: torch.dtype, norms: bool, sent: str) -> None:
     expected = dx.double()
     eager_stages.qkv_backward(
         double(layer), expected, BACKWARD, double(norm), double(rotary),
-        **double(given), scaling=SCALING, watch=None,
+        **double(given), scaling=SCALING, shown=None,
     )  # fmt: skip
     triton_stages.qkv_backward(
-        layer, dx, BACKWARD, norm, rotary, **given, scaling=SCALING, watch=None
+        layer, dx, BACKWARD, norm, rotary, **given, scaling=SCALING, shown=None
     )
     assert_close(dx, expected, dtype)
 
@@ -237,11 +235,9 @@ def test_small_gradients_do_not_vanish_in_float16() -> None:
     expected, expected_again = double((dx, grad_attended)), again.double()
     eager_stages.mlp_backward(
         double(layer), expected[0], BACKWARD, double(norm), double(mlp), expected[1],
-        attended=None, watch=None,
+        shown=None,
     )  # fmt: skip
-    triton_stages.mlp_backward(
-        layer, dx, BACKWARD, norm, mlp, grad_attended, attended=None, watch=None
-    )
+    triton_stages.mlp_backward(layer, dx, BACKWARD, norm, mlp, grad_attended, shown=None)
     given = {
         "dq": None,
         "dk": draw(COTANGENTS, V, D, dtype=torch.float32) * tiny[:, None, None],
@@ -251,10 +247,10 @@ def test_small_gradients_do_not_vanish_in_float16() -> None:
     }
     eager_stages.qkv_backward(
         double(layer), expected_again, BACKWARD, double(norm), double(rotary),
-        **double(given), scaling=SCALING, watch=None,
+        **double(given), scaling=SCALING, shown=None,
     )  # fmt: skip
     triton_stages.qkv_backward(
-        layer, again, BACKWARD, norm, rotary, **given, scaling=SCALING, watch=None
+        layer, again, BACKWARD, norm, rotary, **given, scaling=SCALING, shown=None
     )
     for row in range(COTANGENTS):
         got, truth = (dx, grad_attended, again), (*expected, expected_again)
@@ -275,9 +271,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         dx, grad = draw(COTANGENTS, H), draw(COTANGENTS, A, D)
         filled = NormTape(norm.normed.nan_to_num(1), norm.rstd.nan_to_num(1))
-        triton_stages.mlp_backward(
-            layer, dx, BACKWARD, filled, mlp, grad, attended=None, watch=None
-        )
+        triton_stages.mlp_backward(layer, dx, BACKWARD, filled, mlp, grad, shown=None)
         results.append((x, norm, mlp, dx, grad))
     assert_close(results[1], double(results[0]), torch.float32)
 
@@ -344,9 +338,9 @@ def test_no_rows() -> None:
         layer, x, rotary, nothing, norm, q=heads, k=None, v=None, eps=EPS, **none
     )
     triton_stages.mlp_forward(layer, x, heads, nothing, norm, mlp, eps=EPS, activation="silu")
-    triton_stages.mlp_backward(layer, x, nothing, norm, mlp, heads, attended=None, watch=None)
+    triton_stages.mlp_backward(layer, x, nothing, norm, mlp, heads, shown=None)
     triton_stages.qkv_backward(
-        layer, x, nothing, norm, rotary, dq=heads, dk=None, dv=None, watch=None, **none
+        layer, x, nothing, norm, rotary, dq=heads, dk=None, dv=None, shown=None, **none
     )
     assert triton_stages.linear_backward(draw(0, 41), Linear(draw(41, H), None)).shape == (0, H)
 

@@ -17,7 +17,7 @@ from ..judgements import Judgements
 from ..plan import Read
 from ..records import BadRecord, Record
 from ..rubric import Rubric, rubric_items
-from ..signal import Cotangents, LeafRows
+from ..signal import Cotangents, LeafRows, ReadsNoLinears
 
 __all__ = [
     "AuditSettings",
@@ -205,11 +205,10 @@ def check_readable(judge: Judge, record: Record) -> None:
     _encode(judge, rows_of([record]))
 
 
-class _Together:
+class _Together(ReadsNoLinears):
     """Several signals of one objective as one: each reads the same gradient its own way."""
 
     leaf = 0
-    reads_linears = False
 
     def __init__(self, signals: Sequence[VerdictSignal]) -> None:
         self.signals = signals
@@ -218,9 +217,6 @@ class _Together:
         # Every one of them is asked, as each notes verdicts and scales of its own.
         answers = [signal.cotangents(logits, reads) for signal in self.signals]
         return answers[0]
-
-    def on_linear(self, name: str, inputs: Tensor, output_grads: Tensor, rows: LeafRows) -> None:
-        """Nothing is read on the way."""
 
     def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
         for signal in self.signals:

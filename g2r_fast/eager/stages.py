@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..families import LayerWeights, Linear
-from ..tables import Piece, RowMap, Watch
-from ..tape import MlpTape, NormTape, Rotary
+from ..tables import Piece, RowMap
+from ..tape import MlpGrads, MlpTape, NormTape, QkvGrads, Rotary
 from . import rows as rowwise
 
 __all__ = [
@@ -84,8 +84,7 @@ def mlp_backward(
     mlp: MlpTape,
     grad_attended: torch.Tensor,
     *,
-    attended: torch.Tensor | None,
-    watch: Watch | None,
+    shown: MlpGrads | None,
 ) -> None:
     for piece in rows.pieces:
         grad, saved, lanes = dx[piece.rows], piece.saved, piece.lanes
@@ -97,16 +96,12 @@ def mlp_backward(
         )  # fmt: skip
         dh = rowwise.project_back(gate, layer.gate.weight)
         dh += rowwise.project_back(up, layer.up.weight)
-        if watch is not None:
-            assert mlp.activation is not None
-            watch("mlp.down_proj", mlp.activation[saved], grad, piece)
-            inputs = norm.normed[saved] * layer.post_norm
-            watch("mlp.gate_proj", inputs, gate, piece)
-            watch("mlp.up_proj", inputs, up, piece)
+        if shown is not None:
+            width = gate.shape[1]
+            shown.gate_up[piece.rows, :width] = gate
+            shown.gate_up[piece.rows, width:] = up
+            _scale_products(dh, norm, piece, shown.norm)
         _norm_back(layer.post_norm, norm, piece, dh, dx)
-        if watch is not None:
-            assert attended is not None
-            watch("self_attn.o_proj", attended[saved].flatten(1), grad, piece)
         grad_attended[piece.rows].flatten(1).copy_(rowwise.project_back(grad, layer.o.weight))
 
 
@@ -123,30 +118,34 @@ def qkv_backward(
     q_norm: NormTape | None,
     k_norm: NormTape | None,
     scaling: float,
-    watch: Watch | None,
+    shown: QkvGrads | None,
 ) -> None:
     for piece in rows.pieces:
         cos, sin = (table[piece.saved][:, None, None] for table in rotary)
-        # Name, linear layer, gradient of its output.
-        sent: list[tuple[str, Linear, torch.Tensor]] = []
+        sent: list[tuple[Linear, torch.Tensor]] = []  # a linear layer, the gradient of its output
         if dq is not None:
             grad = rowwise.rotary_backward(_wide(dq, piece, dx), cos, sin, scaling)
-            grad = _head_norm_back(layer.q_norm, q_norm, piece, grad)
-            sent.append(("q_proj", layer.q, grad))
+            products = None if shown is None else shown.q_norm
+            grad = _head_norm_back(layer.q_norm, q_norm, piece, grad, products)
+            sent.append((layer.q, grad))
         if dk is not None:
             grad = rowwise.rotary_backward(_wide(dk, piece, dx), cos, sin)
-            grad = _head_norm_back(layer.k_norm, k_norm, piece, grad)
-            sent.append(("k_proj", layer.k, grad))
+            products = None if shown is None else shown.k_norm
+            grad = _head_norm_back(layer.k_norm, k_norm, piece, grad, products)
+            sent.append((layer.k, grad))
         if dv is not None:
-            sent.append(("v_proj", layer.v, _wide(dv, piece, dx)))
-        dh = None
-        for name, projection, grad in sent:
+            sent.append((layer.v, _wide(dv, piece, dx)))
+        dh, column = None, 0
+        for projection, grad in sent:
             grad = grad.reshape(piece.tokens * piece.lanes, -1)
-            if watch is not None:
-                watch(f"self_attn.{name}", norm.normed[piece.saved] * layer.input_norm, grad, piece)
+            if shown is not None:
+                shown.projected[piece.rows, column : column + grad.shape[1]] = grad
+                column += grad.shape[1]
             part = rowwise.project_back(grad, projection.weight)
             dh = part if dh is None else dh.add_(part)
         if dh is not None:
+            if shown is not None:
+                _scale_products(dh, norm, piece, shown.norm)
             _norm_back(layer.input_norm, norm, piece, dh, dx)
 
 
@@ -202,17 +201,32 @@ def _head_norm_back(
     tape: NormTape | None,
     piece: Piece,
     grad: torch.Tensor,  # [tokens, lanes, heads, head_dim], overwritten
+    products: torch.Tensor | None,  # [all rows, head_dim], where linear layers are read
 ) -> torch.Tensor:
     """Back through the per-head norm of families that have one."""
     if weight is None or tape is None:
         return grad
     assert piece.saved is not None
     kept = tape[piece.saved]
+    if products is not None:
+        by_lane = _by_lane(products[piece.rows], piece.lanes)
+        by_lane.copy_((grad * kept.normed[:, None]).sum(2))
     out = torch.zeros_like(grad)
     # Heads are rows of their own: [tokens, heads, lanes, d] reads what [tokens, heads, d] saved.
     by_head = grad.transpose(1, 2)
     rowwise.rms_norm_backward(by_head, weight, kept.normed, kept.rstd, out.transpose(1, 2))
     return out
+
+
+def _scale_products(
+    grad: torch.Tensor,  # [rows, X] of the norm's output
+    tape: NormTape,
+    piece: Piece,
+    out: torch.Tensor,  # [all rows, X]
+) -> None:
+    lanes = piece.lanes
+    normed = tape.normed[piece.saved][:, None]
+    torch.mul(_by_lane(grad, lanes), normed, out=_by_lane(out[piece.rows], lanes))
 
 
 def _wide(grad: torch.Tensor, piece: Piece, dx: torch.Tensor) -> torch.Tensor:
