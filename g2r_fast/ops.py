@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from . import cuda_attention, native_stages, triton_attention, triton_scoring, triton_stages
+from . import (
+    cuda_attention,
+    native_stages,
+    triton_attention,
+    triton_norms,
+    triton_scoring,
+    triton_stages,
+)
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import norms as eager_norms
@@ -255,12 +262,18 @@ def squared_gradient_norms(
     either two symmetric Gram matrices, M² (in + out) FLOPs, `sum((A @ A.T) * (B @ B.T))`, or the
     gradient tile by tile, 2 M in out, whichever is less. Sums in float32, tiles in float64.
     """
-    return _scaled_back(eager_norms.squared_gradient_norms(inputs, grads, rows), rows)
+    run = eager_norms.squared_gradient_norms
+    if triton_norms.serves(inputs):
+        run = triton_norms.squared_gradient_norms
+    return _scaled_back(run(inputs, grads, rows), rows)
 
 
 def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
     """`x[rows].sum(0).square().sum()` of every sequence's rows, `[lanes]` float64."""
-    return _scaled_back(eager_norms.squared_row_sums(x, rows), rows)
+    run = eager_norms.squared_row_sums
+    if triton_norms.serves(x):
+        run = triton_norms.squared_row_sums
+    return _scaled_back(run(x, rows), rows)
 
 
 def _scaled_back(squares: torch.Tensor, rows: LinearRows) -> torch.Tensor:

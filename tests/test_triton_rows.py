@@ -170,7 +170,7 @@ PLANTED = [
 WITNESSES = [
     "rms_norm 1100 add",
     "rms_norm_backward 1100 rounded",
-    "gated 1037 silu",
+    "gated 1037 silu keep",
     "gated_backward 1037",
     "heads (3, 1, 1) 16 norm",
     "heads_backward (3, 1, 1) 16 norm",
@@ -201,7 +201,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_a_gate_may_be_overwritten():
-    case = CASES["gated 1037 silu"]("random", torch.float32)
+    case = CASES["gated 1037 silu keep"]("random", torch.float32)
     expected = run(case)
     gate = case.inputs["gate"].clone()
     d_gate, d_up = (torch.empty_like(expected[name]) for name in ("d_gate", "d_up"))
@@ -244,6 +244,7 @@ W, RSTD, INDEX = X[0], torch.ones(2, device=DEVICE), index_of([0, 1])
         (lambda: rms_norm_module.row_config(WIDEST + 1), InputError, "unusable width"),
         (lambda: gated(X, X, INDEX, X, X, X, activation="relu"), InputError, "unknown activation"),
         (lambda: gated(X, X[:1], INDEX, X, X, X), InputError, "up has another shape"),
+        (lambda: gated(X, X, INDEX, X, X, X, X[:1]), InputError, "kept_out has another shape"),
         (lambda: gated_backward(X, INDEX, X, X, X), InputError, "out has another shape"),
         (lambda: heads(X, X, X, INDEX, q=X[:, None]), InputError, "q has another shape"),
         (
