@@ -55,7 +55,15 @@ class FrozenDecoder:
 
     @property
     def shape(self) -> DecoderShape:
-        return replace(self.weights.shape, keeps_attended=self.backend().keeps_attended)
+        return self.shape_for(reads_linears=False)
+
+    def shape_for(self, reads_linears: bool) -> DecoderShape:
+        """Its sizes, for counting what a pass keeps."""
+        return replace(
+            self.weights.shape,
+            keeps_attended=self.backend(reads_linears).keeps_attended,
+            keeps_linears=reads_linears,
+        )
 
     def backend(self, reads_linears: bool = False) -> Backend:
         """What runs the operations; see `backends.choose`, also for what is raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +41,13 @@ class Engine(Protocol):
         signal: Signal,
         max_tokens: int | None = None,
         progress: Progress | None = None,
+        max_bytes: int | None = None,
     ) -> EngineRun:
-        """Forward all sequences and bring back what the signal asks for."""
+        """Forward all sequences and bring back what the signal asks for.
+
+        Without `max_tokens` what is kept for the backward takes at most half of the free memory,
+        and at most `max_bytes`, or what a single sequence needs.
+        """
         ...
 
 
@@ -93,6 +99,7 @@ class PackedEngine:
         signal: Signal,
         max_tokens: int | None = None,
         progress: Progress | None = None,
+        max_bytes: int | None = None,
     ) -> EngineRun:
         """See `Engine.run`. Running out of CUDA memory halves the rows and goes on, with a
         warning; a single sequence that does not fit raises InputError."""
@@ -103,7 +110,13 @@ class PackedEngine:
             backends_refused=dict(backend.refused),
         )
         logger.info("packed engine: backend %s", backend)
-        limit, weights = (max_tokens, (1, 1)) if max_tokens is not None else self._budget(sequences)
+        shape = self.decoder.shape_for(signal.reads_linears)
+        weights = (1, 1)
+        if max_tokens is None:
+            max_bytes = sys.maxsize if max_bytes is None else max_bytes
+            limit, weights = self._budget(sequences, shape, max_bytes)
+        else:
+            limit = max_tokens
         queue = deque(micro_batches(sequences, limit, weights))
         while queue:
             chosen = queue.popleft()
@@ -113,7 +126,7 @@ class PackedEngine:
             backward_rows = None
             if needed <= limit or len(chosen) == 1:
                 if logger.isEnabledFor(logging.INFO):
-                    logger.info("packed engine: %s", plan.describe(self.decoder.shape))
+                    logger.info("packed engine: %s", plan.describe(shape))
                 backward_rows = self._attempt(plan, _Renamed(signal, names))
                 if backward_rows is None:
                     torch.cuda.empty_cache()
@@ -141,12 +154,14 @@ class PackedEngine:
         except torch.cuda.OutOfMemoryError:
             return None
 
-    def _budget(self, sequences: Sequence[PackedSequence]) -> tuple[int, tuple[int, int]]:
+    def _budget(
+        self, sequences: Sequence[PackedSequence], shape: DecoderShape, max_bytes: int
+    ) -> tuple[int, tuple[int, int]]:
         """A share of the free memory, at least what the longest sequence needs, in bytes; and the
         bytes of a forward row, which is kept, and of a backward row, which is not."""
-        forward, backward = weights = _bytes_per_row(self.decoder.shape)
+        forward, backward = weights = _bytes_per_row(shape)
         free = int(_free_bytes(self.decoder.weights.device) * _MEMORY_SHARE)
-        limit = min(free, _MAX_ROWS * forward)
+        limit = min(free, max_bytes, _MAX_ROWS * forward)
         logger.info("packed engine: %d forward rows fit into the free memory", limit // forward)
         alone = (forward * len(s.input_ids) + backward * s.backward_rows for s in sequences)
         return max(limit, max(alone, default=1)), weights
@@ -202,6 +217,9 @@ def _bytes_per_row(shape: DecoderShape) -> tuple[int, int]:
     within a layer. What lies between two products within a layer is bounded by itself."""
     one = PackedPlan.build([PackedSequence([0], 0)])
     within = 8 * max(shape.hidden, shape.heads * shape.head_dim) * shape.stat_itemsize
+    if shape.keeps_linears:  # output gradients of a layer, and of its norms
+        widths = 2 * shape.intermediate + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        within += widths * shape.itemsize + 2 * shape.hidden * shape.stat_itemsize
     return one.saved_bytes(shape) + within, within
 
 

@@ -64,8 +64,9 @@ class AutogradEngine:
         signal: Signal,
         max_tokens: int | None = None,
         progress: Progress | None = None,
+        max_bytes: int | None = None,
     ) -> EngineRun:
-        """One sequence after the other; `max_tokens` has nothing to cut and is not used."""
+        """One sequence after the other: `max_tokens` and `max_bytes` have nothing to cut."""
         done = EngineRun(rows_unshared=sum(len(s.input_ids) for s in sequences))
         if sequences:
             self._check_embeddings(sequences[0].input_ids)

@@ -155,6 +155,7 @@ class DecoderShape:
     stat_itemsize: int  # bytes of one saved row statistic
     qk_norm: bool = False
     keeps_attended: bool = False  # where the backend's attention backward reads its output
+    keeps_linears: bool = False  # where a signal reads linear layers: their inputs too
 
 
 @dataclass(slots=True)
@@ -297,8 +298,10 @@ class PackedPlan:
         into_layer = shape.hidden * item + stat  # its normalised input
         query = (heads_width + shape.hidden + 2 * shape.intermediate) * item
         query += (shape.heads + 1) * stat  # log-sum-exp per head, the second norm
-        if shape.keeps_attended:
+        if shape.keeps_attended or shape.keeps_linears:
             query += heads_width * item
+        if shape.keeps_linears:
+            query += shape.intermediate * item
         if shape.qk_norm:
             into_layer += kv_width * item + shape.kv_heads * stat
             query += heads_width * item + shape.heads * stat
