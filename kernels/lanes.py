@@ -130,8 +130,8 @@ def check_offsets(offsets: Sequence[int] | torch.Tensor, entries: int) -> torch.
 
 def check_entries(name: str, rows: torch.Tensor, like: torch.Tensor) -> None:
     """A contiguous vector of int32 row numbers on the device of ``like``, values unseen."""
-    check_vector(name, rows, (torch.int32,), rows)
     check_device(name, rows, like)
+    check_vector(name, rows, (torch.int32,), rows)
 
 
 def lane_table(
