@@ -83,16 +83,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
         "mlp_forward(Tensor(a!) x, Tensor attended, Tensor wo, Tensor? bo, Tensor post_norm, "
         "Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, Tensor w_down, "
         "Tensor? b_down, Tensor keep, Tensor(b!) normed, Tensor(c!) rstd, Tensor(d!) d_gate, "
-        "Tensor(e!) d_up, float eps, int activation) -> ()");
+        "Tensor(e!) d_up, Tensor(f!)? activated, float eps, int activation) -> ()");
     library.def(
         "mlp_backward(Tensor(a!) dx, Tensor saved, Tensor wo, Tensor post_norm, Tensor w_gate, "
         "Tensor w_up, Tensor w_down, Tensor normed, Tensor rstd, Tensor d_gate, Tensor d_up, "
-        "Tensor(b!) grad_attended) -> ()");
+        "Tensor(b!) grad_attended, Tensor(c!)? gate_up, Tensor(d!)? norm_products) -> ()");
     library.def(
         "qkv_backward(Tensor(a!) dx, Tensor saved, Tensor? dq, Tensor? dk, Tensor? dv, "
         "Tensor input_norm, Tensor? wq, Tensor? wk, Tensor? wv, Tensor? q_norm, Tensor? k_norm, "
         "Tensor cos, Tensor sin, Tensor normed, Tensor rstd, Tensor? q_normed, Tensor? q_rstd, "
-        "Tensor? k_normed, Tensor? k_rstd, int head_dim, float scaling) -> ()");
+        "Tensor? k_normed, Tensor? k_rstd, Tensor(b!)? projected, Tensor(c!)? norm_products, "
+        "Tensor(d!)? q_norm_products, Tensor(e!)? k_norm_products, int head_dim, "
+        "float scaling) -> ()");
     library.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor segments, Tensor blocks, "
         "Tensor positions, Tensor(a!) out, Tensor(b!) lse, int window, float softcap) -> ()");
@@ -108,6 +110,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
     library.def(
         "attribution_rewards(Tensor scores, Tensor offsets, float temperature, bool standardise, "
         "Tensor weights, Tensor starts, Tensor(a!) alpha, Tensor(b!) rewards) -> ()");
+    library.def(
+        "squared_gradient_norms(Tensor inputs, Tensor grads, Tensor kept, Tensor rows, "
+        "Tensor offsets, Tensor(a!) out) -> ()");
+    library.def("squared_row_sums(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out) -> ()");
     library.def("prefer_large_pages(Tensor memory) -> ()");
     library.def("cpu_kernels() -> str");
     library.def("built_cpu_kernels() -> str");
@@ -126,6 +132,8 @@ STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CPU, library) {
     library.impl("prefer_large_pages", TORCH_BOX(&g2r_torch::prefer_large_pages));
     library.impl("embedding_scores", TORCH_BOX(&g2r_torch::embedding_scores));
     library.impl("attribution_rewards", TORCH_BOX(&g2r_torch::attribution_rewards));
+    library.impl("squared_gradient_norms", TORCH_BOX(&g2r_torch::squared_gradient_norms));
+    library.impl("squared_row_sums", TORCH_BOX(&g2r_torch::squared_row_sums));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CompositeExplicitAutograd, library) {

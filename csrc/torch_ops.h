@@ -29,13 +29,14 @@ void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, cons
                  const Tensor& post_norm, const Tensor& w_gate, const MaybeTensor& b_gate,
                  const Tensor& w_up, const MaybeTensor& b_up, const Tensor& w_down,
                  const MaybeTensor& b_down, const Tensor& keep, const Tensor& normed,
-                 const Tensor& rstd, const Tensor& d_gate, const Tensor& d_up, double eps,
-                 int64_t activation);
+                 const Tensor& rstd, const Tensor& d_gate, const Tensor& d_up,
+                 const MaybeTensor& activated, double eps, int64_t activation);
 
 void mlp_backward(const Tensor& dx, const Tensor& saved, const Tensor& wo, const Tensor& post_norm,
                   const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                   const Tensor& normed, const Tensor& rstd, const Tensor& d_gate,
-                  const Tensor& d_up, const Tensor& grad_attended);
+                  const Tensor& d_up, const Tensor& grad_attended, const MaybeTensor& gate_up,
+                  const MaybeTensor& norm_products);
 
 void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
                   const MaybeTensor& dk, const MaybeTensor& dv, const Tensor& input_norm,
@@ -43,8 +44,10 @@ void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
                   const MaybeTensor& q_norm, const MaybeTensor& k_norm, const Tensor& cos,
                   const Tensor& sin, const Tensor& normed, const Tensor& rstd,
                   const MaybeTensor& q_normed, const MaybeTensor& q_rstd,
-                  const MaybeTensor& k_normed, const MaybeTensor& k_rstd, int64_t head_dim,
-                  double scaling);
+                  const MaybeTensor& k_normed, const MaybeTensor& k_rstd,
+                  const MaybeTensor& projected, const MaybeTensor& norm_products,
+                  const MaybeTensor& q_norm_products, const MaybeTensor& k_norm_products,
+                  int64_t head_dim, double scaling);
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments,
                        const Tensor& blocks, const Tensor& positions, const Tensor& out,
@@ -63,6 +66,12 @@ void prefer_large_pages(const Tensor& memory);
 void linear_backward(const Tensor& grad, const Tensor& weight, const Tensor& out);
 
 void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out);
+
+void squared_gradient_norms(const Tensor& inputs, const Tensor& grads, const Tensor& kept,
+                            const Tensor& rows, const Tensor& offsets, const Tensor& out);
+
+void squared_row_sums(const Tensor& x, const Tensor& rows, const Tensor& offsets,
+                      const Tensor& out);
 
 void embedding_scores(const Tensor& values, const Tensor& grads, int64_t readout,
                       const Tensor& scores);

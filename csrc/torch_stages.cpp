@@ -120,8 +120,8 @@ void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, cons
                  const Tensor& post_norm, const Tensor& w_gate, const MaybeTensor& b_gate,
                  const Tensor& w_up, const MaybeTensor& b_up, const Tensor& w_down,
                  const MaybeTensor& b_down, const Tensor& keep, const Tensor& normed,
-                 const Tensor& rstd, const Tensor& d_gate, const Tensor& d_up, double eps,
-                 int64_t activation) {
+                 const Tensor& rstd, const Tensor& d_gate, const Tensor& d_up,
+                 const MaybeTensor& activated, double eps, int64_t activation) {
     const Checks checks("mlp_forward");
     checks.between("activation", activation, 0, 2);
     checks.number("eps", eps, 0);
@@ -152,6 +152,7 @@ void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, cons
                checks.out<float>(rstd, "rstd", kFloat, {kept})};
     op.d_gate = checks.out(d_gate, "d_gate", storage, {kept, op.width});
     op.d_up = checks.out(d_up, "d_up", storage, {kept, op.width});
+    op.activation_out = checks.out(activated, "activated", storage, {kept, op.width});
     op.eps = static_cast<float>(eps);
     if (op.rows > 0) kernels_in_use().mlp_forward(op);
 }
@@ -159,7 +160,8 @@ void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, cons
 void mlp_backward(const Tensor& dx, const Tensor& saved, const Tensor& wo, const Tensor& post_norm,
                   const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                   const Tensor& normed, const Tensor& rstd, const Tensor& d_gate,
-                  const Tensor& d_up, const Tensor& grad_attended) {
+                  const Tensor& d_up, const Tensor& grad_attended, const MaybeTensor& gate_up,
+                  const MaybeTensor& norm_products) {
     const Checks checks("mlp_backward");
     const ScalarType storage = checks.storage(post_norm, "post_norm");
     g2r::MlpBackward op{};
@@ -189,6 +191,11 @@ void mlp_backward(const Tensor& dx, const Tensor& saved, const Tensor& wo, const
     op.d_up = checks.in(d_up, "d_up", storage, {kept, op.width});
     op.grad_attended =
         checks.out(grad_attended, "grad_attended", storage, {op.rows, heads, head_dim});
+    op.gate_up = checks.out(gate_up, "gate_up", storage, {op.rows, 2 * op.width});
+    op.norm_products =
+        checks.out<float>(norm_products, "norm_products", kFloat, {op.rows, op.hidden});
+    if (gate_up) checks.needs(norm_products, "norm_products", "a tensor, as gate_up is there");
+    if (norm_products) checks.needs(gate_up, "gate_up", "a tensor, as norm_products is there");
     if (op.rows > 0) kernels_in_use().mlp_backward(op);
 }
 
@@ -198,8 +205,10 @@ void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
                   const MaybeTensor& q_norm, const MaybeTensor& k_norm, const Tensor& cos,
                   const Tensor& sin, const Tensor& normed, const Tensor& rstd,
                   const MaybeTensor& q_normed, const MaybeTensor& q_rstd,
-                  const MaybeTensor& k_normed, const MaybeTensor& k_rstd, int64_t head_dim,
-                  double scaling) {
+                  const MaybeTensor& k_normed, const MaybeTensor& k_rstd,
+                  const MaybeTensor& projected, const MaybeTensor& norm_products,
+                  const MaybeTensor& q_norm_products, const MaybeTensor& k_norm_products,
+                  int64_t head_dim, double scaling) {
     const Checks checks("qkv_backward");
     checks.head_dim(head_dim);
     checks.number("scaling", scaling, -1e30);
@@ -242,6 +251,21 @@ void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
                                op.kv_heads, head_dim);
     }
     op.scaling = static_cast<float>(scaling);
+    if (projected || norm_products) {
+        const char* together = "a tensor, as linear layers are read";
+        checks.needs(projected, "projected", together);
+        checks.needs(norm_products, "norm_products", together);
+        if (op.q_norm != nullptr) checks.needs(q_norm_products, "q_norm_products", together);
+        if (op.k_norm != nullptr) checks.needs(k_norm_products, "k_norm_products", together);
+        const int64_t width = (dq ? q_width : 0) + (dk ? kv_width : 0) + (dv ? kv_width : 0);
+        op.projected = checks.out(projected, "projected", storage, {op.rows, width});
+        op.norm_products =
+            checks.out<float>(norm_products, "norm_products", kFloat, {op.rows, op.hidden});
+        op.q_norm_products =
+            checks.out<float>(q_norm_products, "q_norm_products", kFloat, {op.rows, head_dim});
+        op.k_norm_products =
+            checks.out<float>(k_norm_products, "k_norm_products", kFloat, {op.rows, head_dim});
+    }
     if (op.rows > 0) kernels_in_use().qkv_backward(op);
 }
 

@@ -224,8 +224,6 @@ def _cpu_reasons(request: Request) -> list[str]:
         first, others = request.scattered[0], len(request.scattered) - 1
         more = f" (and {others} more)" if others else ""
         reasons.append(f"the weight {first} is not contiguous in memory{more}")
-    if request.reads_linears:
-        reasons.append("the signal reads linear layers")
     if not reasons:  # the first question compiles what is missing: only where that is of use
         missing = native_ops.load()
         reasons.extend([] if missing is None else [missing])

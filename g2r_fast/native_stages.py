@@ -11,6 +11,8 @@ from itertools import accumulate
 import torch
 
 from .families import LayerWeights, Linear
+from .plan import column
+from .signal import LinearRows
 from .tables import QueryTables, RowMap
 from .tape import MlpGrads, MlpTape, NormTape, QkvGrads, Rotary
 
@@ -25,6 +27,8 @@ __all__ = [
     "mlp_forward",
     "qkv_backward",
     "qkv_forward",
+    "squared_gradient_norms",
+    "squared_row_sums",
 ]
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -101,6 +105,7 @@ def mlp_forward(
         norm.rstd,
         mlp.d_gate,
         mlp.d_up,
+        mlp.activation,
         eps,
         _ACTIVATIONS[activation],
     )
@@ -116,7 +121,6 @@ def mlp_backward(
     *,
     shown: MlpGrads | None,
 ) -> None:
-    assert shown is None, "backends.py declines signals that read linear layers"
     torch.ops.g2r_fast.mlp_backward(
         dx,
         rows.index,
@@ -130,6 +134,8 @@ def mlp_backward(
         mlp.d_gate,
         mlp.d_up,
         grad_attended,
+        None if shown is None else shown.gate_up,
+        None if shown is None else shown.norm,
     )
 
 
@@ -148,7 +154,6 @@ def qkv_backward(
     scaling: float,
     shown: QkvGrads | None,
 ) -> None:
-    assert shown is None, "backends.py declines signals that read linear layers"
     torch.ops.g2r_fast.qkv_backward(
         dx,
         rows.index,
@@ -166,6 +171,7 @@ def qkv_backward(
         norm.rstd,
         *_norm(q_norm),
         *_norm(k_norm),
+        *((None,) * 4 if shown is None else (shown.projected, shown.norm, *_heads(shown))),
         2 * rotary[0].shape[-1],
         scaling,
     )
@@ -274,6 +280,26 @@ def attribution_rewards(
         rewards,
     )
     return alpha, rewards
+
+
+def squared_gradient_norms(
+    inputs: torch.Tensor, grads: torch.Tensor, rows: LinearRows
+) -> torch.Tensor:
+    out = torch.empty(len(rows.lanes), dtype=torch.float64)
+    torch.ops.g2r_fast.squared_gradient_norms(
+        inputs.contiguous(), grads.contiguous(), rows.kept, rows.rows, column(rows.offsets), out
+    )
+    return out
+
+
+def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
+    out = torch.empty(len(rows.lanes), dtype=torch.float64)
+    torch.ops.g2r_fast.squared_row_sums(x.contiguous(), rows.rows, column(rows.offsets), out)
+    return out
+
+
+def _heads(shown: QkvGrads) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return shown.q_norm, shown.k_norm
 
 
 def _linear_if(

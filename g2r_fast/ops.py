@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+_ANY_WIDTH = 16  # what is asked of the native backend by an op that takes every width
+
+
 def qkv_forward(
     backend: Backend,
     layer: LayerWeights,
@@ -265,6 +268,8 @@ def squared_gradient_norms(
     run = eager_norms.squared_gradient_norms
     if triton_norms.serves(inputs):
         run = triton_norms.squared_gradient_norms
+    elif native_serves(grads.device, grads.dtype, _ANY_WIDTH):
+        run = native_stages.squared_gradient_norms
     return _scaled_back(run(inputs, grads, rows), rows)
 
 
@@ -273,6 +278,8 @@ def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
     run = eager_norms.squared_row_sums
     if triton_norms.serves(x):
         run = triton_norms.squared_row_sums
+    elif native_serves(x.device, x.dtype, x.shape[1]):
+        run = native_stages.squared_row_sums
     return _scaled_back(run(x, rows), rows)
 
 

@@ -65,9 +65,10 @@ struct MlpForward {
     Linear o, gate, up, down;
     const void* post_norm;
     const int32_t* keep;
-    NormRows norm;  // [kept][hidden]
-    void* d_gate;   // [kept][width] storage: act'(gate) * up
-    void* d_up;     // [kept][width] storage: act(gate)
+    NormRows norm;         // [kept][hidden]
+    void* d_gate;          // [kept][width] storage: act'(gate) * up
+    void* d_up;            // [kept][width] storage: act(gate)
+    void* activation_out;  // [kept][width] storage: the input of W_down; or null
     float eps;
 };
 
@@ -85,6 +86,9 @@ struct MlpBackward {
     const void* d_gate;  // [kept][width]
     const void* d_up;
     void* grad_attended;  // [rows][attended_width] storage
+    // What a reader of linear layers needs, both or neither null.
+    void* gate_up;         // [rows][2 * width] storage: output gradients, gate's first
+    float* norm_products;  // [rows][hidden]: gradient of the norm's output * normed
 };
 
 // dx += the input gradient of QkvForward; any of dq, dk, dv may be null.
@@ -106,6 +110,11 @@ struct QkvBackward {
     const float* rstd;
     NormRows q_kept, k_kept;
     float scaling;
+    // What a reader of linear layers needs; null: nothing.
+    void* projected;         // [rows][widths of what is there] storage: output gradients of q, k, v
+    float* norm_products;    // [rows][hidden]: gradient of the norm's output * normed
+    float* q_norm_products;  // [rows][head_dim]: the same of q_norm, summed over the heads
+    float* k_norm_products;
 };
 
 struct Segment {  // tokens [start, stop) of a path; its keys are rows row, row + 1, ...
@@ -190,6 +199,29 @@ struct LinearBackward {
     float* out;
 };
 
+// out[j] = |A^T B|_F^2, entry e of lane j being row kept[e] of `inputs` in A and row rows[e] of
+// `grads` in B. No A^T B is formed.
+struct SquaredGradientNorms {
+    Dtype dtype;
+    int64_t in, out_width, entries, lanes;
+    const void* inputs;      // [.][in] storage
+    const void* grads;       // [.][out_width] storage
+    const int32_t* kept;     // [entries]
+    const int32_t* rows;     // [entries]
+    const int64_t* offsets;  // [lanes + 1], ascending from 0
+    double* out;             // [lanes]
+};
+
+// out[j] = |sum of the rows of lane j|^2, entry e being row rows[e] of x.
+struct SquaredRowSums {
+    Dtype dtype;
+    int64_t width, entries, lanes;
+    const void* x;           // [.][width] storage
+    const int32_t* rows;     // [entries]
+    const int64_t* offsets;  // [lanes + 1], ascending from 0
+    double* out;             // [lanes]
+};
+
 enum class Readout : int64_t { dot = 0, l1 = 1, l2 = 2 };
 
 // dot: sum(values * grads); l1: sum(|grads|); l2: sqrt(sum(grads^2)); per lane.
@@ -228,6 +260,8 @@ struct Kernels {
     void (*linear_backward)(const LinearBackward&);
     void (*embedding_scores)(const EmbeddingScores&);
     void (*attribution_rewards)(const AttributionRewards&);
+    void (*squared_gradient_norms)(const SquaredGradientNorms&);
+    void (*squared_row_sums)(const SquaredRowSums&);
 };
 
 // The fastest table this processor can run.

@@ -96,6 +96,37 @@ struct Stack {
     }
 };
 
+// A slice of a panel whose column j is the row that row_of(j) points at, null: zeros. `factors`, or
+// null, multiplies along k.
+template <class T, class S, class RowOf>
+G2R_INLINE void pack_transposed(T* out, i64 count, const S* factors, const RowOf& row_of) {
+    constexpr int pair = Pair<T>::size, step = kWidth * pair;
+    for (i64 j = 0; j < kPanel; j += kWidth) {
+        const S* rows[kWidth];
+        for (int i = 0; i < kWidth; i++) rows[i] = row_of(j + i);
+        i64 at = 0;
+        for (; at + step <= count; at += step) {
+            vu block[kWidth];
+#pragma GCC unroll 16
+            for (int i = 0; i < kWidth; i++)
+                block[i] =
+                    rows[i] == nullptr
+                        ? vu{}
+                        : units<T>(rows[i] + at, factors == nullptr ? nullptr : factors + at);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < kWidth; i++)
+                std::memcpy(out + ((at / pair + i) * kPanel + j) * pair, &block[i], sizeof(vu));
+        }
+        for (; at < count; at++)
+            for (int i = 0; i < kWidth; i++) {
+                const float value = rows[i] == nullptr ? 0.0f : widen(rows[i][at]);
+                const float factor = factors == nullptr ? 1.0f : widen(factors[at]);
+                out[packed_index<T>(at, j + i)] = narrow<T>(value * factor);
+            }
+    }
+}
+
 // For x W^T: a column is a row of W. `scale`, or null, multiplies W's columns.
 template <class T, class S>
 struct Transposed {
@@ -119,35 +150,11 @@ struct Transposed {
     }
 
     void pack(T* out, i64 panel, i64 k, i64 count) const {
-        constexpr int pair = Pair<T>::size, step = kWidth * pair;
-        for (i64 j = 0; j < kPanel; j += kWidth) {
-            const S* rows[kWidth];
-            for (int i = 0; i < kWidth; i++) {
-                rows[i] = row(panel * kPanel + j + i);
-                if (rows[i] != nullptr) rows[i] += skipped + k;
-            }
-            const S* factors = scale == nullptr ? nullptr : scale + skipped + k;
-            i64 at = 0;
-            for (; at + step <= count; at += step) {
-                vu block[kWidth];
-#pragma GCC unroll 16
-                for (int i = 0; i < kWidth; i++)
-                    block[i] =
-                        rows[i] == nullptr
-                            ? vu{}
-                            : units<T>(rows[i] + at, factors == nullptr ? nullptr : factors + at);
-                transpose(block);
-#pragma GCC unroll 16
-                for (int i = 0; i < kWidth; i++)
-                    std::memcpy(out + ((at / pair + i) * kPanel + j) * pair, &block[i], sizeof(vu));
-            }
-            for (; at < count; at++)
-                for (int i = 0; i < kWidth; i++) {
-                    const float value = rows[i] == nullptr ? 0.0f : widen(rows[i][at]);
-                    const float factor = factors == nullptr ? 1.0f : widen(factors[at]);
-                    out[packed_index<T>(at, j + i)] = narrow<T>(value * factor);
-                }
-        }
+        const S* factors = scale == nullptr ? nullptr : scale + skipped + k;
+        pack_transposed<T, S>(out, count, factors, [&](i64 column) {
+            const S* found = row(panel * kPanel + column);
+            return found == nullptr ? nullptr : found + skipped + k;
+        });
     }
 };
 

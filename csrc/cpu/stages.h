@@ -199,6 +199,8 @@ void activate_tile(const MlpForward& in, const ActivatedTile<T>& to, i64 rows, c
             if (kept >= 0) {
                 store(static_cast<S*>(in.d_gate) + at + c, act.slope * up);
                 store(static_cast<S*>(in.d_up) + at + c, act.value);
+                if (in.activation_out != nullptr)
+                    store(static_cast<S*>(in.activation_out) + at + c, act.value * up);
             }
         }
     }
@@ -256,9 +258,25 @@ void mlp_forward_as(const MlpForward& in) {
     });
 }
 
+// For a reader of linear layers: products = g * normed, and g *= weight, which the products with
+// weights have then left out.
+template <class S>
+G2R_INLINE void show_norm(float* g, i64 width, const void* normed, i64 at, const S* weight,
+                          float* products) {
+    const S* kept = static_cast<const S*>(normed) + at * width;
+    for (i64 i = 0; i < width; i += kWidth) {
+        const vf grad = load(g + i);
+        store(products + i, grad * load(kept + i));
+        store(g + i, grad * load(weight + i));
+    }
+}
+
 template <class S, class T>
 void mlp_backward_as(const MlpBackward& in) {
     const i64 hidden = in.hidden;
+    const bool shown = in.gate_up != nullptr;
+    const S* post_norm = static_cast<const S*>(in.post_norm);
+    S* gate_up_grads = static_cast<S*>(in.gate_up);
     const S *d_gate = static_cast<const S*>(in.d_gate), *d_up = static_cast<const S*>(in.d_up);
     each_chunk(in.rows, [&](i64 start, i64 rows) {
         const Operands<float, T> grads(rows, hidden);
@@ -274,22 +292,33 @@ void mlp_backward_as(const MlpBackward& in) {
                      [&](i64 row, i64 here, i64 column, i64 columns, const float* tile) {
                          for (i64 r = 0; r < here; r++) {
                              const i64 from = saved[row + r] * in.width + first + column;
+                             S* out = shown ? gate_up_grads + (start + row + r) * 2 * in.width +
+                                                  first + column
+                                            : nullptr;
                              for (i64 c = 0; c < columns; c += kWidth) {
                                  const vf act = load(tile + r * kPanel + c);
-                                 store(back.at(row + r, column + c), act * load(d_gate + from + c));
-                                 store(back.at(row + r, stripe + column + c),
-                                       act * load(d_up + from + c));
+                                 const vf gate = act * load(d_gate + from + c);
+                                 const vf up = act * load(d_up + from + c);
+                                 store(back.at(row + r, column + c), gate);
+                                 store(back.at(row + r, stripe + column + c), up);
+                                 if (shown) {
+                                     store(out + c, gate);
+                                     store(out + in.width + c, up);
+                                 }
                              }
                          }
                      });
             const Plain<T, S> gate_up{
                 stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
-                static_cast<const S*>(in.post_norm)};
+                shown ? nullptr : post_norm};
             multiply_into<T>(back, rows, gate_up, dh, first > 0);
         }
         each_row(rows, [&](i64 r) {
-            norm_backward<S>(dh + r * hidden, hidden, in.normed, in.rstd, saved[r],
-                             dx + r * hidden);
+            float* g = dh + r * hidden;
+            if (shown)
+                show_norm(g, hidden, in.normed, saved[r], post_norm,
+                          in.norm_products + (start + r) * hidden);
+            norm_backward<S>(g, hidden, in.normed, in.rstd, saved[r], dx + r * hidden);
         });
         S* out = static_cast<S*>(in.grad_attended) + start * in.attended_width;
         multiply<T>({grads.of(dx, rows), hidden}, rows, Plain<T, S>{stacked<S>(in.o)},
@@ -302,23 +331,29 @@ struct HeadsBackward {
     const void* norm;  // or null
     NormRows kept;
     float scale;
+    float* products;  // [rows][head_dim], or null
 };
 
 // grads: [heads][head_dim] at a row; out: the same, before rotation, norm and scale.
 template <class S, class G, class T>
-G2R_INLINE void start_heads(const HeadsBackward& in, const G* grads, i64 saved, const float* cos,
-                            const float* sin, T* out) {
+G2R_INLINE void start_heads(const HeadsBackward& in, const G* grads, i64 row, i64 saved,
+                            const float* cos, const float* sin, T* out) {
     const i64 dim = in.head_dim;
+    float* products = in.products == nullptr ? nullptr : in.products + row * dim;
+    if (products != nullptr) std::memset(products, 0, size_t(dim) * sizeof(float));
     for (i64 h = 0; h < in.heads; h++, grads += dim, out += dim) {
         float wide[kMostHeadDim], grad[kMostHeadDim];
         convert_row(grads, dim, wide);
         rotate_back(wide, dim / 2, cos, sin, in.scale, grad);
         if (in.norm != nullptr) {
             const S* weight = static_cast<const S*>(in.norm);
-            for (i64 d = 0; d < dim; d += kWidth)
-                store(grad + d, load(grad + d) * load(weight + d));
             const i64 at = saved * in.heads + h;
             const S* normed = static_cast<const S*>(in.kept.normed) + at * dim;
+            if (products != nullptr)
+                for (i64 d = 0; d < dim; d += kWidth)
+                    store(products + d, load(products + d) + load(grad + d) * load(normed + d));
+            for (i64 d = 0; d < dim; d += kWidth)
+                store(grad + d, load(grad + d) * load(weight + d));
             norm_backward_row<false>(grad, dim, normed, in.kept.rstd[at], grad);
         }
         convert_row(grad, dim, out);
@@ -329,15 +364,17 @@ template <class S, class T>
 void qkv_backward_as(const QkvBackward& in) {
     const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
     const i64 q_width = in.heads * dim, kv_width = in.kv_heads * dim;
+    const bool shown = in.projected != nullptr;
+    const S* input_norm = static_cast<const S*>(in.input_norm);
     const Linear none;
     const Plain<T, S> weight{
         stacked<S>(in.dq != nullptr ? in.q : none, in.dk != nullptr ? in.k : none,
                    in.dv != nullptr ? in.v : none),
-        static_cast<const S*>(in.input_norm)};
+        shown ? nullptr : input_norm};
     const i64 width = weight.depth();
     if (width == 0) return;
-    const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling};
-    const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f};
+    const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling, in.q_norm_products};
+    const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f, in.k_norm_products};
     each_chunk(in.rows, [&](i64 start, i64 rows) {
         const Array<T> grads(rows * width);
         const Array<float> dh(rows * hidden);
@@ -346,20 +383,27 @@ void qkv_backward_as(const QkvBackward& in) {
             const float *cos = in.cos + saved * half, *sin = in.sin + saved * half;
             T* out = grads + r * width;
             if (in.dq != nullptr) {
-                start_heads<S>(q, static_cast<const S*>(in.dq) + row * q_width, saved, cos, sin,
-                               out);
+                start_heads<S>(q, static_cast<const S*>(in.dq) + row * q_width, row, saved, cos,
+                               sin, out);
                 out += q_width;
             }
             if (in.dk != nullptr) {
-                start_heads<S>(k, in.dk + row * kv_width, saved, cos, sin, out);
+                start_heads<S>(k, in.dk + row * kv_width, row, saved, cos, sin, out);
                 out += kv_width;
             }
             if (in.dv != nullptr) convert_row(in.dv + row * kv_width, kv_width, out);
+            if (shown)
+                convert_row(static_cast<const T*>(grads + r * width), width,
+                            static_cast<S*>(in.projected) + row * width);
         });
         multiply_into<T>({grads, width}, rows, weight, dh, false);
         each_row(rows, [&](i64 r) {
-            norm_backward<S>(dh + r * hidden, hidden, in.normed, in.rstd, in.saved[start + r],
-                             in.dx + (start + r) * hidden);
+            const i64 row = start + r;
+            float* g = dh + r * hidden;
+            if (shown)
+                show_norm(g, hidden, in.normed, in.saved[row], input_norm,
+                          in.norm_products + row * hidden);
+            norm_backward<S>(g, hidden, in.normed, in.rstd, in.saved[row], in.dx + row * hidden);
         });
     });
 }

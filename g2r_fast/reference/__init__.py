@@ -19,12 +19,16 @@ from g2r_fast.reference.grad2reward import (
     response_score,
     token_scores,
 )
+from g2r_fast.reference.grail import answer_nll, answer_saliency, answer_weights
 from g2r_fast.reference.oracles import central_differences, forward_mode_scores
 
 __all__ = [
     "ReferenceDecoder",
     "ResponseReward",
     "aggregate_rewards",
+    "answer_nll",
+    "answer_saliency",
+    "answer_weights",
     "argmax_verdict",
     "attribution",
     "central_differences",
