@@ -15,6 +15,7 @@ import torch
 
 from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
+from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
 from g2r_fast.kernels.rms_norm import rms_norm
@@ -299,9 +300,7 @@ def _show_head_norm(
     """Some rows of `out`, gradient of the norm's output * `normed` summed over the heads."""
     if out is None or grad is None or tape is None:
         return
-    cos, sin = (table[index[at]][:, None] for table in rotary)
-    g = eager_rows.rotary_backward(grad[at].float(), cos, sin, scaling)
-    torch.sum(g.mul_(tape.normed[index[at]]), 1, out=out[at])
+    head_norm_products(grad[at], *rotary, index[at], tape.normed, out[at], scaling=scaling)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
+from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
 from g2r_fast.kernels.rms_norm import rms_norm
@@ -368,6 +369,33 @@ def heads_backward_case(counts: tuple[int, int, int], d: int, norm: bool) -> Mak
     return make
 
 
+def head_products_case(count: int, d: int) -> Make:
+    def make(kind: str, dtype: torch.dtype) -> Case:
+        draw, index = Draw(kind, d), index_of(BACKWARD)
+        rows, scaling, saved = len(index), 2.0, index.long()
+        if draw.exact:
+            cos, sin = (draw.integers(-1, 1, KEPT, d // 2).float() for _ in range(2))
+        else:
+            cos, sin = (draw.values(torch.float32, KEPT, d // 2) for _ in range(2))
+        grad = draw.values(dtype, rows, count, d, scale=0.02)
+        normed = draw.values(dtype, KEPT, count, d)
+        n = normed.double()[saved] * scaling
+        g = turned(grad.double(), cos[saved], -sin[saved])
+        size = turned_size(grad.double(), cos[saved], sin[saved])
+
+        def call(out: dict[str, Tensor], **inputs: Tensor) -> None:
+            head_norm_products(*inputs.values(), out["out"], scaling=scaling)
+
+        return Case(
+            call,
+            {"dq": grad, "cos": cos, "sin": sin, "index": index, "normed": normed},
+            {"out": empty(torch.float32, rows, d)},
+            sized(out=((g * n).sum(1), (size * n.abs()).sum(1))),
+        )
+
+    return make
+
+
 # Rows of one column; of less than a program's; a program's; a row each; not whole vectors.
 CASES: dict[str, Make] = {
     **{f"rms_norm {w}{' add' * a}": rms_norm_case(w, a) for w in (1, 48, 1100) for a in (0, 1)},
@@ -382,6 +410,11 @@ CASES: dict[str, Make] = {
         for a, keep in (("silu", 0), ("silu", 1), ("gelu", 0), ("gelu_tanh", 1))
     },
     **{f"gated_backward {w}": gated_backward_case(w) for w in (1, 1024, 1037)},
+    # One head; not whole vectors; more heads than a step takes.
+    **{
+        f"products of heads {n} {d}": head_products_case(n, d)
+        for n, d in ((1, 2), (3, 14), (5, 256))
+    },
     # All of it; what a last layer asks for; more heads than a program takes.
     **{
         f"{name} {counts} {d}{' norm' * norm}": case(counts, d, bool(norm))
