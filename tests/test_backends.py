@@ -121,7 +121,6 @@ REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
         "head_dim 192 is not even and at most 128",
     ),
     "wide": ({"hidden": 16400}, "hidden size 16400 is above 16384"),
-    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
 
@@ -179,6 +178,11 @@ def test_gpus_that_are_too_old_or_not_nvidias(a_gpu: pytest.MonkeyPatch) -> None
     a_gpu.setattr(torch.version, "hip", "6.4")
     assert "AMD" in choose(GPU).refused["triton"] and choose(GPU).name == "reference"
     assert not triton_scoring.serves(GPU.device)
+
+
+def test_signals_that_read_linear_layers_are_served_on_a_gpu(a_gpu: pytest.MonkeyPatch) -> None:
+    reading = replace(GPU, reads_linears=True)
+    assert {c.backend: c.usable for c in describe(reading)} == dict.fromkeys(BACKENDS, True)
 
 
 def test_a_gpu_with_and_without_our_attention(a_gpu: pytest.MonkeyPatch) -> None:
