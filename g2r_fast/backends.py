@@ -53,7 +53,6 @@ class Request:
     intermediate: int
     head_dim: int
     scattered: tuple[str, ...] = ()  # names of the weights that are not contiguous
-    reads_linears: bool = False  # whether the signal reads linear layers on the way back
 
 
 @dataclass(frozen=True)

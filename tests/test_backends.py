@@ -43,7 +43,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scattered": ("model.norm.weight", "lm_head.weight")},
         "the weight model.norm.weight is not contiguous in memory (and 1 more)",
     ),
-    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
 
@@ -180,11 +179,6 @@ def test_gpus_that_are_too_old_or_not_nvidias(a_gpu: pytest.MonkeyPatch) -> None
     assert not triton_scoring.serves(GPU.device)
 
 
-def test_signals_that_read_linear_layers_are_served_on_a_gpu(a_gpu: pytest.MonkeyPatch) -> None:
-    reading = replace(GPU, reads_linears=True)
-    assert {c.backend: c.usable for c in describe(reading)} == dict.fromkeys(BACKENDS, True)
-
-
 def test_a_gpu_with_and_without_our_attention(a_gpu: pytest.MonkeyPatch) -> None:
     backend = choose(GPU)
     assert str(backend) == "native: CUDA attention, triton 3.9.0" and backend.on_gpu
@@ -305,7 +299,6 @@ def test_a_model_is_asked_for_everything(monkeypatch: pytest.MonkeyPatch) -> Non
     model = tiny_model("llama", hidden_size=64, head_dim=16)
     decoder = FrozenDecoder(model)
     assert decoder.backend().name == "native"
-    assert decoder.backend(reads_linears=True).refused["native"] == REFUSED["linears"][1]
     up = model.model.layers[1].mlp.up_proj.weight
     up.data = up.data.mT.contiguous().mT
     told = FrozenDecoder(model).backend().refused["native"]
