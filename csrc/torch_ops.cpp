@@ -108,6 +108,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
     library.def(
         "attribution_rewards(Tensor scores, Tensor offsets, float temperature, bool standardise, "
         "Tensor weights, Tensor starts, Tensor(a!) alpha, Tensor(b!) rewards) -> ()");
+    library.def(
+        "residual_sums(Tensor logits, Tensor targets, Tensor weights, Tensor owners, "
+        "float temperature, Tensor(a!) sums, Tensor(b!) logps, Tensor(c!) entropies) -> ()");
     library.def("prefer_large_pages(Tensor memory) -> ()");
     library.def("cpu_kernels() -> str");
     library.def("built_cpu_kernels() -> str");
@@ -126,6 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CPU, library) {
     library.impl("prefer_large_pages", TORCH_BOX(&g2r_torch::prefer_large_pages));
     library.impl("embedding_scores", TORCH_BOX(&g2r_torch::embedding_scores));
     library.impl("attribution_rewards", TORCH_BOX(&g2r_torch::attribution_rewards));
+    library.impl("residual_sums", TORCH_BOX(&g2r_torch::residual_sums));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CompositeExplicitAutograd, library) {

@@ -31,6 +31,7 @@ _EQUAL: dict[str, tuple[tuple[str, int, str, int], ...]] = {
     "linear_backward": (("weight", 0, "grad", 1), ("grad", 0, "out", 0), ("weight", 1, "out", 1)),
     "embedding_scores": (("values", 0, "grads", 0), ("values", 1, "grads", 2)),
     "attribution_rewards": (("scores", 0, "alpha", 0), ("weights", 0, "starts", 0)),
+    "residual_sums": (("logits", 0, "targets", 0), ("logits", 1, "sums", 1)),
 }
 OPS = tuple(_EQUAL)
 

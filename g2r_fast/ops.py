@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from . import cuda_attention, native_stages, triton_attention, triton_scoring, triton_stages
+from . import (
+    cuda_attention,
+    native_residuals,
+    native_stages,
+    triton_attention,
+    triton_residuals,
+    triton_scoring,
+    triton_stages,
+)
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import residuals as eager_residuals
@@ -265,6 +273,10 @@ def residual_sums(
     row with NaN or infinity gives NaN for both, and makes its sum NaN.
     """
     run = eager_residuals.residual_sums
+    if triton_scoring.serves_logits(logits):
+        run = triton_residuals.residual_sums
+    elif logits.dtype == torch.float32 and native_is_there(logits.device):
+        run = native_residuals.residual_sums
     return run(logits, targets, weights, lengths, owners, sums, temperature)
 
 

@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "linear.h"
+#include "residuals.h"
 #include "scores.h"
 #include "stages.h"
 
@@ -28,6 +29,7 @@ inline const Kernels& table(const char* name) {
         linear_backward,
         embedding_scores,
         attribution_rewards,
+        residual_sums,
     };
     return kernels;
 }
