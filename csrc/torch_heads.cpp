@@ -21,13 +21,13 @@ void residual_sums(const Tensor& logits, const Tensor& targets, const Tensor& we
     op.targets = checks.in<int64_t>(targets, "targets", kLong, {op.rows});
     op.weights = checks.in<float>(weights, "weights", kFloat, {op.rows});
     op.owners = checks.in<int64_t>(owners, "owners", kLong, {op.rows});
-    for (int64_t row = 0; row < op.rows; ++row) {
-        checks.span("a target", op.targets[row], 1, op.columns, row);
-        checks.span("an owner", op.owners[row], 1, count, row);
-    }
     op.sums = checks.out<float>(sums, "sums", kFloat, {count, op.columns});
     op.logps = checks.out<float>(logps, "logps", kFloat, {op.rows});
     op.entropies = checks.out<float>(entropies, "entropies", kFloat, {op.rows});
+    for (int64_t row = 0; row < op.rows; ++row) {
+        checks.span("targets", op.targets[row], 1, op.columns, row);
+        checks.span("owners", op.owners[row], 1, count, row);
+    }
     if (op.rows > 0) kernels_in_use().residual_sums(op);
 }
 

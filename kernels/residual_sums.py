@@ -83,7 +83,7 @@ if triton is not None:
         for first in range(start, stop, BLOCK_R):
             part = tl.zeros([BLOCK_V], dtype=tl.float32)
             for row in range(first, tl.minimum(first + BLOCK_R, stop)):
-                z = tl.load(logits_ptr + row * stride + columns, mask=mask, other=0.0)
+                z = tl.load(logits_ptr + row * stride + columns, mask=mask, other=float("-inf"))
                 z = z.to(tl.float32) * inverse_temperature
                 one = tl.load(ids_ptr + row).to(tl.int64)
                 p = tl.exp(z - tl.load(logsumexp_ptr + row).to(tl.float32))
