@@ -26,7 +26,7 @@ from documents import (
 )
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-DOCUMENTS += ["docs/records.md", "docs/canaries.md", "docs/audit.md"]
+DOCUMENTS += ["docs/records.md", "docs/canaries.md", "docs/audit.md", "docs/g2rl.md"]
 
 
 def read(name):
