@@ -90,6 +90,10 @@ def gradient_features(
     weights = _read_weights(token_weights, [len(r.response_ids) for r in rollouts])
     chosen_engine = choose_engine(policy, engine)
     head = read_head(policy)
+    if len(head.weight) < len(policy.get_input_embeddings().weight):
+        for row, rollout in enumerate(rollouts):
+            with at_row(row):
+                check_vocabulary(rollout.response_ids, len(head.weight), "a completion's id")
     with plain_torch(), torch.no_grad(), _device_of(head):
         signal = _FeatureSignal(head, rollouts, weights, temperature)
         if signal.sequences:
@@ -152,6 +156,7 @@ class _FeatureSignal:
     ) -> None:
         made = [(i, rollout.sequence()) for i, rollout in enumerate(rollouts)]
         self.sequences = [sequence for _, sequence in made if sequence is not None]
+        self._width = len(head.weight)
         self._rollout_of = [i for i, sequence in made if sequence is not None]
         self._rollouts = rollouts
         tokens = [rollout.response_ids for rollout in rollouts]
@@ -160,6 +165,12 @@ class _FeatureSignal:
         )
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
+        if logits.shape[1] != self._width:
+            raise InputError(
+                "the policy's logits are not those of its LM head",
+                expected=f"{self._width}, as many as the LM head's weight has rows",
+                got=logits.shape[1],
+            )
         stretches, at = [], 0
         while at < len(reads):
             # A sequence reads everything from its first read on: no need to look at each.

@@ -123,6 +123,24 @@ def test_an_adapter_of_the_head() -> None:
     assert torch.equal(found.features, plain.features)
 
 
+def test_an_lm_head_of_fewer_words_than_there_are_embeddings() -> None:
+    policy = tiny_model("llama")
+    policy.lm_head.weight.data = policy.lm_head.weight.data[:6].clone()
+    with pytest.raises(ValueError, match=r"row 0: .*outside the vocabulary; expected 0 <= id < 6"):
+        gradient_features(policy, *list(GOOD.values())[1:], engine="autograd")
+    found = gradient_features(policy, [[90, 2], [3]], [[4, 5], [1]], engine="autograd")
+    assert found.features.any()
+
+
+def test_logits_that_are_not_the_heads_are_refused() -> None:
+    policy = tiny_model("llama")
+    inner = policy.lm_head
+    policy.lm_head = nn.Sequential(inner, nn.ConstantPad1d((0, 3), 0.0))
+    policy.get_output_embeddings = lambda: inner
+    with pytest.raises(ValueError, match=r"not those of its LM head; expected 97.*got 100"):
+        gradient_features(policy, *list(GOOD.values())[1:], engine="autograd")
+
+
 @pytest.mark.parametrize("engine", ["packed", "autograd"])
 def test_logits_that_are_not_finite_are_told_with_their_row(engine: str) -> None:
     policy = tiny_model("llama")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 __all__ = ["residual_sums"]
+
+_CPU_ELEMENTS = 2**18  # of the logits that are worked on: they stay in the cache in between
 
 
 def residual_sums(
@@ -19,6 +21,36 @@ def residual_sums(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.residual_sums`; float32 or float64, throughout."""
+    logps, entropies = logits.new_empty(2, len(logits))
+    for owner, at in _pieces(logits, lengths, owners):
+        logps[at], entropies[at] = _add(
+            logits[at], targets[at], weights[at], sums[owner], temperature
+        )
+    return logps, entropies
+
+
+def _pieces(
+    logits: torch.Tensor, lengths: Sequence[int], owners: Sequence[int]
+) -> Iterator[tuple[int, slice]]:
+    """Rows of one owner, few enough for the cache."""
+    step = len(logits)
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_ELEMENTS // max(1, logits.shape[1]))
+    start = 0
+    for length, owner in zip(lengths, owners, strict=True):
+        stop = start + length
+        while start < stop:
+            yield owner, slice(start, min(start + step, stop))
+            start = min(start + step, stop)
+
+
+def _add(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    total: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     least, most = torch.aminmax(logits, dim=-1)
     finite = least.isfinite() & most.isfinite()
     gaps = (most[:, None] - logits).div_(temperature)
@@ -32,14 +64,12 @@ def residual_sums(
     rest = shares.masked_fill(tops, 0).sum(-1).add_(tops.sum(-1) - 1)
     log_total = torch.log1p(rest)
     missing = rest.new_tensor(torch.nan)
-    logps = torch.where(finite, -(gap + log_total), missing)
-    entropies = torch.where(finite, log_total + moment / (1 + rest), missing)
     # 1 - p of the target, from what the others have.
     drawn = shares.gather(1, at)[:, 0]
     others = torch.where(tops.gather(1, at)[:, 0], rest, (1 - drawn) + rest)
     shares.scatter_(1, at, -others[:, None])
-    factors = torch.where(finite, -weights / (1 + rest), missing)
-    stretches = zip(factors.split(list(lengths)), shares.split(list(lengths)), strict=True)
-    for owner, (factor, share) in zip(owners, stretches, strict=True):
-        sums[owner] += factor @ share
-    return logps, entropies
+    total += torch.where(finite, -weights / (1 + rest), missing) @ shares
+    return (
+        torch.where(finite, -(gap + log_total), missing),
+        torch.where(finite, log_total + moment / (1 + rest), missing),
+    )
