@@ -189,16 +189,15 @@ class FeatureSums:
             self._logps[place], self._entropies[place] = logp, entropy
 
     def _flush(self) -> None:
-        """Send the sums of the sequences that are complete through the LM head."""
-        done = [sequence for sequence in self._slots if sequence != self._open]
-        if not done:
+        """Send all sums through the LM head: whoever calls this has no sequence open."""
+        if not self._slots:
             return
-        slots = [self._slots[sequence] for sequence in done]
-        at = torch.tensor([done, slots]).to(self._sums.device)
+        rows, slots = list(self._slots), list(self._slots.values())
+        at = torch.tensor([rows, slots]).to(self._sums.device)
         features = ops.linear_backward(backend_of(self._head), self._sums[at[1]], self._head)
         self._features[at[0]] = features.to(self.wide)
-        for sequence in done:
-            self._free.append(self._slots.pop(sequence))
+        self._slots.clear()
+        self._free.extend(slots)
 
 
 def stretches_of(lengths: Sequence[int], step: int) -> Iterator[list[Stretch]]:

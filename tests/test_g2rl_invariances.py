@@ -17,6 +17,7 @@ from g2rl_runs import (
     hidden_states,
     of_hidden_states,
     reference,
+    same,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from g2r_fast import decoder, engine, feature_sums, ops
+from g2r_fast.errors import InputError
 from g2r_fast.feature_sums import FeatureSums
 from g2r_fast.g2rl import Features, gradient_features
 
@@ -147,6 +149,54 @@ def test_a_run_that_ran_out_of_memory_begins_again(monkeypatch: pytest.MonkeyPat
     assert (found.features - once.features).norm() <= 1e-12 * once.features.norm()
 
 
+def _not_set_to_zero(self: FeatureSums, sequence: int) -> None:
+    before = self._sums.clone()
+    BEGIN(self, sequence)
+    self._sums.copy_(before)
+
+
+def _without_the_last_rows(self: FeatureSums, logits: Tensor, stretches: Any) -> None:
+    REDUCE(self, logits[:-1], [(*s[:2], s[2] - (s is stretches[-1])) for s in stretches])
+
+
+def _never_flushed_in_between(self: FeatureSums, sequence: int) -> None:
+    if not self._free and sequence not in self._slots:
+        self._free.append(self._slots.pop(next(iter(self._slots))))
+    BEGIN(self, sequence)
+
+
+BEGIN, REDUCE = FeatureSums._begin, FeatureSums._reduce
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("_begin", _not_set_to_zero),
+        ("_begin", _never_flushed_in_between),
+        ("_reduce", _without_the_last_rows),
+    ],
+)
+def test_bugs_planted_into_the_sums_are_caught(
+    name: str, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the tests above compare: small chunks, and all at once by another way."""
+    policy = tiny_model("llama", dtype=torch.float64)
+    truth = reference(policy, RAGGED)
+
+    def right() -> bool:
+        found = features(policy, RAGGED, engine="packed")
+        return max(errors(found, truth)) <= 1e-10
+
+    Watched(monkeypatch, 2)
+    assert right()
+    monkeypatch.setattr(FeatureSums, name, planted)
+    try:
+        caught = not right()
+    except InputError:  # tokens that never came
+        caught = True
+    assert caught
+
+
 # --- what must not matter -------------------------------------------------------------------------
 
 
@@ -195,6 +245,34 @@ def test_no_gradient_and_no_trace_of_the_policy() -> None:
         assert max(errors(found, reference(policy, RAGGED))) <= FLOAT32
         assert not any(x.requires_grad for x in (found.features, *found.token_logps))
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("chosen", ENGINES)
+def test_memory_that_is_not_set_is_not_read(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_model("qwen2", hidden_size=64, intermediate_size=96)
+    once = features(policy, RAGGED, engine=chosen)
+
+    def poisoned(make: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            made = make(*arguments, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    assert same(features(policy, RAGGED, engine=chosen), once)
+
+
+def test_hidden_states_of_inference_mode() -> None:
+    policy = tiny_model("llama")
+    rows = list(zip(RAGGED.prompts, RAGGED.completions, strict=True))
+    with torch.inference_mode():
+        hidden = [hidden_states(policy, p, c) for p, c in rows]
+        inside = of_hidden_states(policy, hidden, RAGGED)
+    outside = of_hidden_states(policy, [x.clone() for x in hidden], RAGGED)
+    assert same(inside, outside)
 
 
 def test_a_batch_of_nothing() -> None:
