@@ -110,7 +110,7 @@ def limit_of(op: str, a: Arguments) -> float:
         # Where a row is sure of a word, what counts is the share of the next.
         z = a["logits"].double() / a["temperature"]
         next_to = -z.topk(2).values.diff() if z.shape[1] > 1 and len(z) else z[:0]
-        return FLOAT32 * max(8.0, *next_to.flatten().tolist()) / 8
+        return FLOAT32 * max([8.0, *next_to.flatten().tolist()]) / 8
     if not op.startswith("attention"):
         return FLOAT32
     differences = 2 if op.endswith("backward") else 1

@@ -28,8 +28,8 @@ from g2r_fast.errors import InputError, InputTypeError
 from g2r_fast.grad2reward import OBJECTIVES, AttributionConfig, TargetSignal, VerdictSignal
 from g2r_fast.plan import Read
 from g2r_fast.reference_logps import WithReference
-from g2r_fast.rewards import AttributionSummary, _figures
 from g2r_fast.rollouts import Rollout
+from g2r_fast.rewards import AttributionSummary, _figures
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNIT = 2.0**-24

@@ -36,7 +36,7 @@ def token_distributions(
     completion_ids: Sequence[int],
     temperature: float = 1.0,
 ) -> Tensor:
-    """`log_softmax(logits / temperature)` at the positions that predict the completion, `[T, V]`."""
+    """`log_softmax(logits / temperature)` where the completion's tokens are predicted, `[T, V]`."""
     ids = [*prompt_ids, *completion_ids]
     logits = decoder.logits(decoder.embed(ids), position=None)
     first = len(prompt_ids) - 1
@@ -90,7 +90,10 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def response_novelty(features: Sequence[Tensor], rewards: Sequence[float]) -> list[float]:
-    """Eqs. 10, 11 for one group: `nu_i = max(1 - sum_j w_ij S_ij^2, 0)`, `w_ij ~ exp(r_j)`, j != i."""
+    """Eqs. 10, 11 for one group: `nu_i = max(1 - sum_{j != i} w_ij S_ij^2, 0)`, `w_ij ~ exp(r_j)`.
+
+    The weights of a response add up to 1 over the others. Alone, it has nothing to be like: 1.
+    """
     S = cosine_similarities(features)
     found = []
     for i in range(len(features)):
