@@ -114,6 +114,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
         "squared_gradient_norms(Tensor inputs, Tensor grads, Tensor kept, Tensor rows, "
         "Tensor offsets, Tensor(a!) out) -> ()");
     library.def("squared_row_sums(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out) -> ()");
+    library.def(
+        "residual_sums(Tensor logits, Tensor targets, Tensor weights, Tensor owners, "
+        "float temperature, Tensor(a!) sums, Tensor(b!) logps, Tensor(c!) entropies) -> ()");
     library.def("prefer_large_pages(Tensor memory) -> ()");
     library.def("cpu_kernels() -> str");
     library.def("built_cpu_kernels() -> str");
@@ -134,6 +137,7 @@ STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CPU, library) {
     library.impl("attribution_rewards", TORCH_BOX(&g2r_torch::attribution_rewards));
     library.impl("squared_gradient_norms", TORCH_BOX(&g2r_torch::squared_gradient_norms));
     library.impl("squared_row_sums", TORCH_BOX(&g2r_torch::squared_row_sums));
+    library.impl("residual_sums", TORCH_BOX(&g2r_torch::residual_sums));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(g2r_fast, CompositeExplicitAutograd, library) {

@@ -80,4 +80,8 @@ void attribution_rewards(const Tensor& scores, const Tensor& offsets, double tem
                          bool standardise, const Tensor& weights, const Tensor& starts,
                          const Tensor& alpha, const Tensor& rewards);
 
+void residual_sums(const Tensor& logits, const Tensor& targets, const Tensor& weights,
+                   const Tensor& owners, double temperature, const Tensor& sums,
+                   const Tensor& logps, const Tensor& entropies);
+
 }  // namespace g2r_torch

@@ -33,6 +33,7 @@ _EQUAL: dict[str, tuple[tuple[str, int, str, int], ...]] = {
     "attribution_rewards": (("scores", 0, "alpha", 0), ("weights", 0, "starts", 0)),
     "squared_gradient_norms": (("kept", 0, "rows", 0),),
     "squared_row_sums": (),
+    "residual_sums": (("logits", 0, "targets", 0), ("logits", 1, "sums", 1)),
 }
 OPS = tuple(_EQUAL)
 

@@ -15,15 +15,18 @@ import torch
 
 from . import (
     cuda_attention,
+    native_residuals,
     native_stages,
     triton_attention,
     triton_norms,
+    triton_residuals,
     triton_scoring,
     triton_stages,
 )
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import norms as eager_norms
+from .eager import residuals as eager_residuals
 from .eager import rows as eager_rows
 from .eager import stages as eager_stages
 from .eager.rows import attribution, rms_norm, rms_norm_backward
@@ -44,6 +47,7 @@ __all__ = [
     "mlp_forward",
     "qkv_backward",
     "qkv_forward",
+    "residual_sums",
     "rms_norm",
     "rms_norm_backward",
     "squared_gradient_norms",
@@ -254,6 +258,32 @@ def attribution_rewards(
     elif native_is_there(scores.device):
         run = native_stages.attribution_rewards
     return run(scores, lengths, weights, starts, count, temperature, standardise)
+
+
+def residual_sums(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: Sequence[int],
+    owners: Sequence[int],
+    sums: torch.Tensor,
+    *,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sums[owner] += (w[:, None] * (onehot(y) - softmax(z / temperature))).sum(0)` per stretch.
+
+    z, y, w = logits `[n, V]`, targets `[n]` int64, weights `[n]`, split by `lengths`; `owners`, no
+    two the same, are rows of sums `[S, V]`; logits, weights and sums float32 or all float64.
+    Returns `log_softmax(z / temperature)[y]` and the entropy of that distribution, `[n]`, in nats.
+    `1 - p` is the sum over the other words, and so are a log-probability near 0 and an entropy. A
+    row with NaN or infinity gives NaN for both, and makes its sum NaN.
+    """
+    run = eager_residuals.residual_sums
+    if triton_scoring.serves_logits(logits):
+        run = triton_residuals.residual_sums
+    elif logits.dtype == torch.float32 and native_is_there(logits.device):
+        run = native_residuals.residual_sums
+    return run(logits, targets, weights, lengths, owners, sums, temperature)
 
 
 def squared_gradient_norms(

@@ -283,7 +283,7 @@ def compile_cases() -> list[CompileCase]:
     asked = [(objective, False, True, False) for objective in OBJECTIVES]
     asked += [("logp", False, False, False), ("logodds", True, False, False)]
     asked += [("logodds", True, False, True), ("logodds", False, False, True)]
-    asked += [("logp", False, True, True)]
+    asked += [("logp", False, True, True), ("logp", False, False, True)]
     return [
         CompileCase(
             name=f"log_probabilities {objective}{' rows' if rows else ''}"

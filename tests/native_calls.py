@@ -91,6 +91,7 @@ def threads(count: int) -> Iterator[None]:
 
 # What each op writes. "in place" comes with values, the others with NaN.
 IN_PLACE = {"mlp_forward": ["x"], "mlp_backward": ["dx"], "qkv_backward": ["dx"]}
+IN_PLACE |= {"residual_sums": ["sums"]}
 
 
 def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
@@ -105,6 +106,9 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
     if op == "attribution_rewards":
         double = torch.float64
         return {"alpha": (tuple(a["scores"].shape), double), "rewards": ((a["count"],), double)}
+    if op == "residual_sums":
+        rows = (len(a["logits"]),)
+        return {"logps": (rows, wide), "entropies": (rows, wide)}
     if op == "qkv_backward":
         return {}
     dtype = next(a[n] for n in ("input_norm", "post_norm", "q") if a.get(n) is not None).dtype

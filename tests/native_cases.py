@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import native_arguments as arguments
+import native_residuals as residuals
 import native_tries as attention
 import torch
 from native_arguments import Arguments, Draw, Sizes
@@ -218,6 +219,7 @@ CASES = [
     *_attention_integers(),
     *_products(),
     *_attributions(),
+    *(Case("residual_sums", *record) for record in residuals.cases()),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
@@ -241,6 +243,9 @@ def many_rows(op: str, draw: Draw) -> Arguments:
         return arguments.embedding_scores(draw, 150, 2, 64)
     if op == "attribution_rewards":
         return arguments.attribution_rewards(draw, [40] * 150, temperature=1e-3)
+    if op == "residual_sums":
+        stretches = [(owner, 2) for owner in range(75)]
+        return residuals.residual_sums(draw, stretches, 96, owners=75)
     if op == "attention_forward":
         return attention.forward(draw, TRIES["tile-borders"], 4, 2, 16)
     if op == "attention_backward":

@@ -303,6 +303,43 @@ def attribution_rewards(a: Arguments, at: Arithmetic) -> Outputs:
     return {name: torch.tensor(x, dtype=torch.float64) for name, x in found.items()}
 
 
+# --- at the LM head -------------------------------------------------------------------------------
+
+
+def residual_sums(a: Arguments, at: Arithmetic) -> Outputs:
+    """One row after the other; the probability of all other words comes from those words."""
+    sums = at.take(a["sums"]).clone()
+    logps, entropies = [], []
+    of_row = zip(a["targets"].tolist(), at.take(a["weights"]), a["owners"].tolist(), strict=True)
+    for z, (target, weight, owner) in zip(at.take(a["logits"]), of_row, strict=True):
+        z = z / a["temperature"]
+        left = -z.softmax(-1)
+        left[target] = torch.sigmoid(_all_but(z, target) - z[target])
+        sums[owner] += weight * left
+        logps.append(-_log_total(z, target))
+        top = int(z.argmax())
+        gaps, log_total = z[top] - z, _log_total(z, top)
+        entropies.append(log_total + (gaps * torch.exp(-gaps - log_total)).sum())
+    none = sums.new_zeros(0)
+    return {
+        "sums": sums,
+        "logps": torch.stack(logps) if logps else none,
+        "entropies": torch.stack(entropies) if entropies else none,
+    }
+
+
+def _all_but(z: Tensor, word: int) -> Tensor:
+    """The log-sum-exp of all other words; nothing is taken away from 1."""
+    others = z.clone()
+    others[word] = -torch.inf
+    return others.logsumexp(-1)
+
+
+def _log_total(z: Tensor, word: int) -> Tensor:
+    """`logsumexp(z) - z[word]`."""
+    return torch.logaddexp(_all_but(z, word) - z[word], z.new_zeros(()))
+
+
 ORACLES = {
     f.__name__: f
     for f in (
@@ -316,5 +353,6 @@ ORACLES = {
         linear_backward,
         embedding_scores,
         attribution_rewards,
+        residual_sums,
     )
 }

@@ -106,6 +106,11 @@ def limit_of(op: str, a: Arguments) -> float:
     if op == "attribution_rewards":
         exponents = [abs(x) for segment in tempered(a) for x in segment]
         return FLOAT64 * max([8.0, *exponents]) / 8
+    if op == "residual_sums":
+        # Where a row is sure of a word, what counts is the share of the next.
+        z = a["logits"].double() / a["temperature"]
+        next_to = -z.topk(2).values.diff() if z.shape[1] > 1 and len(z) else z[:0]
+        return FLOAT32 * max([8.0, *next_to.flatten().tolist()]) / 8
     if not op.startswith("attention"):
         return FLOAT32
     differences = 2 if op.endswith("backward") else 1

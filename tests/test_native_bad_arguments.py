@@ -22,6 +22,8 @@ __all__ = ["native"]
 
 pytestmark = pytest.mark.usefixtures("native")
 
+IN_FLOAT32 = ("embedding_scores", "residual_sums")  # whatever the model's dtype
+
 # One case of every op that takes everything the op can take.
 FULL = {
     "qkv_forward": "biases-norms",
@@ -34,6 +36,7 @@ FULL = {
     "linear_backward": "13x97x208",
     "embedding_scores": "dot-5x3x48",
     "attribution_rewards": "ragged",
+    "residual_sums": "ragged",
 }
 
 
@@ -85,8 +88,9 @@ def test_every_tensor_is_checked(op: str, name: str) -> None:
     refuse(op, a | {name: x.to(other)}, told)
     refuse(op, a | {name: x.long() if x.is_floating_point() else x.float()}, "dtype")
     refuse(op, a | {name: x[None]}, rf"\b{name}\b")
-    # A table may be longer than what is read of it, and rewards than what is earned.
-    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes", "rewards"):
+    # A table may be longer than what is read of it, rewards than what is earned, and sums wait for
+    # sequences to come.
+    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes", "rewards", "sums"):
         refuse(op, a | {name: torch.cat((x, x[-1:]))}, "shape|exist|end|reach|lanes|heads|multiple")
     if x.ndim > 1:
         refuse(op, a | {name: x[..., :-1].contiguous()}, "shape|multiple|heads|suit")
@@ -95,7 +99,7 @@ def test_every_tensor_is_checked(op: str, name: str) -> None:
         refuse(op, a | {name: moved}, rf"\b{name}\b.*contiguous")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("embedding_scores", *IN_FLOAT64)])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in IN_FLOAT32 + IN_FLOAT64])
 def test_half_precision_of_the_other_kind_is_refused(op: str) -> None:
     def half(x: Any) -> Any:
         return x.half() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
@@ -159,6 +163,10 @@ TABLES = {
                     (17, 1591), (17, FAR)],
         "starts": [(0, -1), (0, FAR), (0, -FAR), (12, 1500), (1, 10**4), (11, 2**63 - 1)],
     },
+    "residual_sums": {
+        "targets": [(0, -1), (0, FAR), (0, -FAR), (15, 97), (7, 2**63 - 1)],
+        "owners": [(0, -1), (0, FAR), (15, -FAR), (3, 5), (15, 2**63 - 1)],
+    },
 }  # fmt: skip
 
 
@@ -214,6 +222,10 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("attribution_rewards", {"temperature": -1.0}, "temperature"),
     ("attribution_rewards", {"temperature": float("nan")}, "temperature"),
     ("attribution_rewards", {"temperature": float("inf")}, "temperature"),
+    *(
+        ("residual_sums", {"temperature": temperature}, "temperature")
+        for temperature in (0.0, -1.0, 1e-31, 1e31, float("nan"), float("inf"))
+    ),
 ]
 
 

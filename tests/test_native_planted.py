@@ -43,12 +43,14 @@ CHOSEN = {
         "spread-below",
         "spread-above",
     ],
+    "residual_sums": ["ragged", "ragged-2065", "plain"],
 }
 INTEGERS = {
     "qkv_forward": ["d32-group2", "biases", "rope-scaled"],
     "attention_forward": ["group", "group-window4"],
     "attention_backward": ["group", "group-window4"],
     "attribution_rewards": ["ragged", "ragged-standardised"],
+    "residual_sums": ["ragged", "again"],
 }
 
 
@@ -147,6 +149,7 @@ OPERANDS = {
     "qkv_forward": "wk", "mlp_forward": "w_up", "mlp_backward": "w_down", "qkv_backward": "wv",
     "attention_forward": "v", "attention_backward": "v", "linear": "weight",
     "linear_backward": "weight", "embedding_scores": "grads", "attribution_rewards": "weights",
+    "residual_sums": "logits",
 }  # fmt: skip
 
 

@@ -393,7 +393,7 @@ def test_bad_cotangents_are_told_apart(arguments, options, error, message):
 
 
 def test_every_case_is_listed_once():
-    for part, count in ((module, 8 * 3), (cotangents_module, 3 + 1 + 1)):
+    for part, count in ((module, 9 * 3), (cotangents_module, 3 + 1 + 1)):
         names = [case.name for case in part.compile_cases()]
         assert len(names) == len(set(names)) == count
         assert part.CONFIG.reason

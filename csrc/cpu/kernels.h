@@ -248,6 +248,21 @@ struct AttributionRewards {
     double* rewards;        // [rewarded]
 };
 
+// sums[owners[t]] += weights[t] * (onehot(targets[t]) - p_t), p_t = softmax(logits[t] /
+// temperature); logps = log p_t(targets[t]); entropies = that of p_t. A row with NaN or infinity:
+// NaN everywhere.
+struct ResidualSums {
+    int64_t rows, columns;
+    const float* logits;     // [rows][columns]
+    const int64_t* targets;  // [rows]: columns
+    const float* weights;    // [rows]
+    const int64_t* owners;   // [rows]: rows of sums
+    double inverse_temperature;
+    float* sums;       // [...][columns], added to
+    float* logps;      // [rows]
+    float* entropies;  // [rows]
+};
+
 struct Kernels {
     const char* name;  // "avx512bf16", "avx512", "avx2", "plain"
     void (*qkv_forward)(const QkvForward&);
@@ -262,6 +277,7 @@ struct Kernels {
     void (*attribution_rewards)(const AttributionRewards&);
     void (*squared_gradient_norms)(const SquaredGradientNorms&);
     void (*squared_row_sums)(const SquaredRowSums&);
+    void (*residual_sums)(const ResidualSums&);
 };
 
 // The fastest table this processor can run.

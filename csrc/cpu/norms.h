@@ -202,16 +202,16 @@ void squared_gradient_norms_as(const SquaredGradientNorms& in) {
 }
 
 // Columns that a task sums.
-constexpr i64 kSumColumns = 64;
+constexpr i64 kRowSumColumns = 64;
 
 template <class S>
 void squared_row_sums_of(const SquaredRowSums& in) {
-    const i64 blocks = ceil_div(in.width, kSumColumns);
+    const i64 blocks = ceil_div(in.width, kRowSumColumns);
     const Array<double> found(in.lanes * blocks);
     const S* x = static_cast<const S*>(in.x);
     parallel(in.lanes * blocks, [&](i64 index) {
-        const i64 lane = index / blocks, first = index % blocks * kSumColumns;
-        const i64 stop = smaller(in.width, first + kSumColumns);
+        const i64 lane = index / blocks, first = index % blocks * kRowSumColumns;
+        const i64 stop = smaller(in.width, first + kRowSumColumns);
         double total = 0;
         for (i64 c = first; c < stop; c += kWidth) {
             vf sums[4] = {};

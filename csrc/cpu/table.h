@@ -5,6 +5,7 @@
 #include "attention_forward.h"
 #include "linear.h"
 #include "norms.h"
+#include "residuals.h"
 #include "scores.h"
 #include "stages.h"
 
@@ -31,6 +32,7 @@ inline const Kernels& table(const char* name) {
         attribution_rewards,
         squared_gradient_norms,
         squared_row_sums,
+        residual_sums,
     };
     return kernels;
 }

@@ -5,6 +5,15 @@ from __future__ import annotations
 from g2r_fast.reference.advantages import mean_attribution, token_advantages
 from g2r_fast.reference.compare import relative_error
 from g2r_fast.reference.decoder import ReferenceDecoder
+from g2r_fast.reference.g2rl import (
+    bounded_novelty,
+    cosine_similarities,
+    gradient_feature,
+    response_novelty,
+    shaped_rewards,
+    token_distributions,
+    token_feature,
+)
 from g2r_fast.reference.grad2reward import (
     ResponseReward,
     aggregate_rewards,
@@ -31,8 +40,11 @@ __all__ = [
     "answer_weights",
     "argmax_verdict",
     "attribution",
+    "bounded_novelty",
     "central_differences",
+    "cosine_similarities",
     "forward_mode_scores",
+    "gradient_feature",
     "input_gradients",
     "mean_attribution",
     "objective_cotangent",
@@ -40,8 +52,12 @@ __all__ = [
     "outcome_rewards",
     "pullback",
     "relative_error",
+    "response_novelty",
     "response_reward",
     "response_score",
+    "shaped_rewards",
     "token_advantages",
+    "token_distributions",
+    "token_feature",
     "token_scores",
 ]

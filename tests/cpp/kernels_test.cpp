@@ -5,6 +5,7 @@
 //   kernels_test TABLE [large]     0: passed, 1: failed, 77: this processor has no such table
 #include "attention_test.h"
 #include "linear_test.h"
+#include "residuals_test.h"
 #include "threads.h"
 
 namespace {
@@ -341,6 +342,8 @@ void test_threads(const g2r::Kernels& kernels, Dtype dtype) {
         test_attention(kernels, dtype, {48, 4, 2, 16, 80}, window, 0.0f, 40);
     test_embedding_scores(kernels, 37, 3, 48);
     test_attribution_rewards(kernels, 40, true);
+    test_residual_sums(kernels, 37, 5003);
+    test_residual_sums(kernels, 4000, 16);
 }
 
 void test_all(const g2r::Kernels& kernels, Dtype dtype) {
@@ -362,6 +365,9 @@ void test_all(const g2r::Kernels& kernels, Dtype dtype) {
     for (int64_t segments : {0, 1, 2, 9, 40})
         for (bool standardise : {false, true})
             test_attribution_rewards(kernels, segments, standardise);
+    for (int64_t columns : {1, 2, 15, 16, 17, 63, 97, 1030, 2100})
+        test_residual_sums(kernels, draw(1, 9), columns);
+    test_residual_sums(kernels, 300, 33);
 }
 
 }  // namespace
