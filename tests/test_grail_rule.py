@@ -12,6 +12,7 @@ from grail_cases import CASES, TOLERANCE
 from grail_runs import FLOAT64, Rows, ids_of, spans_of_every_kind
 from hypothesis import given
 from hypothesis import strategies as st
+from official_rules import grail_weights
 from tiny_models import tiny_model
 
 from g2r_fast import grail
@@ -21,9 +22,17 @@ from g2r_fast.reference import ReferenceDecoder, answer_saliency, answer_weights
 
 ran = grail_runs.ran
 
+
+def official(saliency: Any, span: Any, content: Any, advantage: Any, **options: Any) -> Any:
+    """The rule of the official code as somebody else transcribed it, who never saw ours."""
+    values = torch.as_tensor(saliency, dtype=torch.float64)
+    if span is None:
+        return grail_weights(None, None, advantage, length=len(values), **options).tolist()
+    return grail_weights(values, (span[0], *content, span[1]), advantage, **options).tolist()
+
+
 # rule(saliency, span, content, advantage, *, polarity, overrides, after_span) -> T numbers.
-# Whatever else transcribes the method joins here.
-TRANSCRIPTIONS: dict[str, Callable[..., Any]] = {"reference": answer_weights}
+TRANSCRIPTIONS: dict[str, Callable[..., Any]] = {"reference": answer_weights, "official": official}
 
 
 def pairs(span: AnswerSpan | None) -> tuple[Any, Any]:
