@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bench.facts import facts, save
+from bench.grpo_step import lines
 from bench.harness import Effort
+from bench.signal_tables import signal_table
 from bench.tables import table
 
 _results = pytest.StashKey[dict[str, Any]]()
@@ -77,6 +79,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, result in content.get("scenarios", {}).items():
         terminalreporter.write_line("")
         terminalreporter.write_line(table(result, name))
+    for name, result in content.get("signals", {}).items():
+        terminalreporter.write_line("")
+        terminalreporter.write_line(signal_table(result, name))
+    if steps := content.get("grpo_steps"):
+        terminalreporter.write_line("\n" + lines(steps))
     for name, result in content.get("activation_bytes", {}).items():
         terminalreporter.write_line(f"activation bytes, {name}: {result}")
     if target := config.getoption("--save"):

@@ -1,16 +1,17 @@
 """The multiply-adds that Grad2Reward's attribution cannot do without, and their share of the time.
 
 Counted from the sequences alone, by a trie of its own: every distinct prefix is one forward row;
-every (True judgement, token from the response's first on) is one backward row. A multiply-add is
-two FLOPs. H hidden, A query heads, V key/value heads, D head width, I MLP width, W vocabulary.
+every (True judgement, token from the response's first on) is one backward row. A judgement reads
+its last row; `signal_flops.py` counts sequences that read several. A multiply-add is two FLOPs.
+H hidden, A query heads, V key/value heads, D head width, I MLP width, W vocabulary.
 
     linear forward      rows * (H A D + 2 H V D + A D H + 3 H I) in every layer but the last;
                         there rows * 2 H V D, and the rest for the rows that are read
     linear backward     the same matrices once per backward row (input gradients, no weight
                         gradients); in the last layer 2 H V D per backward row, and the rest once
-                        per True judgement
+                        per read of a True judgement
     head forward        H W per row that is read: a log-probability takes all logits
-    head backward       H W per True judgement
+    head backward       H W per read of a True judgement
     attention forward   2 products, A D each, per row and key that it sees; in the last layer only
                         for the rows that are read
     attention backward  scores once per row that any judgement comes back to, however many do, and
@@ -66,11 +67,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A sequence whose last row is read, and where its response starts."""
+    """A sequence, where its response starts, and whether it comes back to there."""
 
     input_ids: Sequence[int]
     response_start: int
     is_true: bool
+    reads: tuple[int, ...] | None = None  # positions whose logits are read; None: the last
+
+    @property
+    def read_positions(self) -> tuple[int, ...]:
+        return (len(self.input_ids) - 1,) if self.reads is None else self.reads
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,15 @@ def required_flops(sizes: Sizes, judgements: Sequence[Judgement]) -> RequiredFlo
     true = [(j, path) for j, path in zip(judgements, paths, strict=True) if j.is_true]
     seen = {row: _visible(at, 0, sizes.window) for row, at in position.items()}
 
-    reads = {path[-1] for path in paths}
+    reads = {path[at] for j, path in zip(judgements, paths, strict=True) for at in j.read_positions}
     back = [(row, j.response_start) for j, path in true for row in path[j.response_start :]]
     back_once = {row for row, _ in back}
-    last = [(path[-1], j.response_start) for j, path in true if len(path) > j.response_start]
+    last = [
+        (path[at], j.response_start)
+        for j, path in true
+        for at in j.read_positions
+        if at >= j.response_start
+    ]
     last_once = {row for row, _ in last}
 
     def all_keys(rows: Any) -> int:
@@ -131,7 +142,7 @@ def required_flops(sizes: Sizes, judgements: Sequence[Judgement]) -> RequiredFlo
         linear_forward=2 * (body * rows * (kv + rest) + rows * kv + len(reads) * rest),
         linear_backward=2 * (body * len(back) * (kv + rest) + len(back) * kv + len(last) * rest),
         head_forward=2 * len(reads) * head,
-        head_backward=2 * len(true) * head,
+        head_backward=2 * sum(len(j.read_positions) for j, _ in true) * head,
         attention_forward=2 * width * (body * 2 * all_keys(position) + 2 * all_keys(reads)),
         attention_backward=2
         * width

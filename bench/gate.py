@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from bench.rivals import Answer
 
-__all__ = ["GateError", "gate"]
+__all__ = ["GateError", "gate", "gate_tensors"]
+
+Tensors = Sequence[Tensor | None]
 
 # Relative norm of a rival's b against the loop's, per (sequence, item), float32. The rivals
 # measured so far differ by up to 4e-6.
@@ -21,19 +26,25 @@ class GateError(AssertionError):
 
 def relative_errors(reference: Answer, got: Answer) -> list[float]:
     """Relative norm per True judgement. Raises GateError where the answers are not comparable."""
-    if len(reference[0]) != len(got[0]) or reference[1].shape != got[1].shape:
-        raise GateError(f"{len(got[0])} judgements answered, expected {len(reference[0])}")
+    if reference[1].shape != got[1].shape:
+        raise GateError(f"{len(got[1])} judgements answered, expected {len(reference[1])}")
+    return _errors(reference[0], got[0], "judgement")
+
+
+def _errors(reference: Tensors, got: Tensors, what: str) -> list[float]:
+    if len(reference) != len(got):
+        raise GateError(f"{len(got)} {what}s answered, expected {len(reference)}")
     errors = []
-    for index, (want, have) in enumerate(zip(reference[0], got[0], strict=True)):
+    for index, (want, have) in enumerate(zip(reference, got, strict=True)):
         if (want is None) != (have is None):
-            raise GateError(f"judgement {index}: attributed by one side only")
+            raise GateError(f"{what} {index}: attributed by one side only")
         if want is None or have is None:
             continue
         if want.shape != have.shape:
             shapes = f"{tuple(have.shape)}, not {tuple(want.shape)}"
-            raise GateError(f"judgement {index}: shape {shapes}")
+            raise GateError(f"{what} {index}: shape {shapes}")
         if not torch.isfinite(have).all() or want.norm() == 0:
-            raise GateError(f"judgement {index}: not finite, or the reference is zero")
+            raise GateError(f"{what} {index}: not finite, or the reference is zero")
         errors.append(float((have.double() - want.double()).norm() / want.double().norm()))
     return errors
 
@@ -58,9 +69,26 @@ def gate(reference: Answer, got: Answer, same_dtype_loop: Answer | None = None) 
     else:
         limits = [LOW_PRECISION_FACTOR * e for e in relative_errors(reference, same_dtype_loop)]
         logp_limit = LOW_PRECISION_FACTOR * logp_error(reference, same_dtype_loop)
-    for index, (error, limit) in enumerate(zip(errors, limits, strict=True)):
-        if not error <= limit:
-            raise GateError(f"True judgement {index}: relative error {error:.2e} > {limit:.2e}")
+    _hold(errors, limits, "True judgement")
     if not logp <= logp_limit:
         raise GateError(f"verdict log-probabilities: relative error {logp:.2e} > {logp_limit:.2e}")
     return {"max_relative_error": max(errors, default=0.0), "max_logp_error": logp}
+
+
+def gate_tensors(
+    reference: Tensors, got: Tensors, same_dtype_loop: Tensors | None = None
+) -> dict[str, float]:
+    """The same rule for answers that are one tensor per completion, or per group."""
+    errors = _errors(reference, got, "answer")
+    limits = [FLOAT32_LIMIT] * len(errors)
+    if same_dtype_loop is not None:
+        loops = _errors(reference, same_dtype_loop, "answer of the loop")
+        limits = [LOW_PRECISION_FACTOR * error for error in loops]
+    _hold(errors, limits, "answer")
+    return {"max_relative_error": max(errors, default=0.0)}
+
+
+def _hold(errors: list[float], limits: list[float], what: str) -> None:
+    for index, (error, limit) in enumerate(zip(errors, limits, strict=True)):
+        if not error <= limit:
+            raise GateError(f"{what} {index}: relative error {error:.2e} > {limit:.2e}")

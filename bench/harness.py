@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,36 +26,12 @@ from bench.flops import Sizes, judgements_of, required_flops, share_of_peak
 from bench.gate import GateError, gate
 from bench.ours import backend_of
 from bench.peak import higher, peak
+from bench.repetitions import Effort, repeat
 from bench.rivals import RIVALS, Unavailable, loop
 from bench.scenarios import SCENARIOS, Scenario
 from bench.tables import paired_ratio, table
 
 __all__ = ["SCENARIOS", "Effort", "GateError", "Scenario", "compare", "facts", "gate", "save"]
-
-# Of a scenario whose repetitions are short: until this many of them, or `least_seconds`.
-MOST_REPETITIONS = 25
-# Of a scenario whose repetitions are long: a median of fewer says nothing about the spread.
-LEAST_REPETITIONS = 2
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How often things are repeated."""
-
-    repetitions: int = 5
-    slow_repetitions: int = 2  # for rivals marked slow
-    least_seconds: float = 10.0  # short scenarios go on for as long
-    most_seconds: float | None = None  # long ones stop after it, with at least two repetitions
-
-    def another(self, done: int, elapsed: float) -> bool:
-        """Whether to repeat once more after `done` repetitions that took `elapsed` seconds."""
-        if done < min(LEAST_REPETITIONS, self.repetitions):
-            return True
-        if self.most_seconds is not None and elapsed * (done + 1) / done > self.most_seconds:
-            return False
-        return done < self.repetitions or (
-            elapsed < self.least_seconds and done < max(MOST_REPETITIONS, self.repetitions)
-        )
 
 
 def compare(
@@ -106,21 +81,10 @@ def compare(
 
     threads = torch.get_num_threads()
     peaks = {} if effort is None else peak(threads)
-    started, repetition = time.perf_counter(), 0
-    while effort is not None and effort.another(repetition, time.perf_counter() - started):
-        slow_too = repetition < effort.slow_repetitions
-        order = [name for name in measured if slow_too or not RIVALS[name].slow]
-        for name in order if repetition % 2 == 0 else reversed(order):
-            entry = measured[name]
-            gc.collect()
-            entry["load_before"].append(round(os.getloadavg()[0], 2))
-            cpu, wall = time.process_time(), time.perf_counter()
-            RIVALS[name].run(model, workload)
-            entry["seconds"].append(time.perf_counter() - wall)
-            entry["cpu_seconds"].append(time.process_time() - cpu)
-            log(f"repetition {repetition + 1}, {name}: {entry['seconds'][-1]:.2f} s")
-        repetition += 1
     if effort is not None:
+        runs = {name: partial(RIVALS[name].run, model, workload) for name in measured}
+        slow = {name for name in measured if RIVALS[name].slow}
+        repeat(runs, measured, effort, slow, log)
         peaks = higher(peaks, peak(threads))
     required = required_flops(Sizes.of(model.config), judgements_of(workload))
     result = {

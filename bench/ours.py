@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,14 @@ from g2r_fast.engine import PackedEngine
 from g2r_fast.grad2reward import AttributionConfig, VerdictSignal
 from g2r_fast.plan import PackedPlan, PackedSequence
 
-__all__ = ["backend_of", "ours", "ours_reference", "ours_saved_bytes"]
+__all__ = [
+    "backend_of",
+    "our_module",
+    "ours",
+    "ours_reference",
+    "ours_saved_bytes",
+    "reference_backend",
+]
 
 BACKEND = "G2R_BACKEND"
 
@@ -52,8 +61,13 @@ def ours_reference(
     model: PreTrainedModel, workload: Workload
 ) -> tuple[list[Tensor | None], Tensor]:
     """The same with the engine's plain PyTorch operations, whatever else is there."""
-    with _backend("reference"):
+    with reference_backend():
         return ours(model, workload)
+
+
+def our_module(name: str) -> Any:
+    """`g2r_fast.NAME`; imported when it is asked for, so that rivals can be tested without it."""
+    return importlib.import_module(f"g2r_fast.{name}")
 
 
 def backend_of(model: PreTrainedModel) -> str:
@@ -62,9 +76,10 @@ def backend_of(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _backend(name: str) -> Iterator[None]:
+def reference_backend() -> Iterator[None]:
+    """Inside, the engine runs on plain PyTorch operations."""
     before = os.environ.get(BACKEND)
-    os.environ[BACKEND] = name
+    os.environ[BACKEND] = "reference"
     try:
         yield
     finally:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.cells import NOT_RUN, Cell, required, seconds, share, times_ours
 from bench.facts import RESULTS
+from bench.grpo_step import GRPO_STEPS, step_file
 from bench.rivals import RIVALS
 from bench.scenarios import GPU_SCENARIOS, SCENARIOS
+from bench.signal_scenarios import SIGNAL_SCENARIOS
+from bench.signal_tables import SIGNAL_TABLES
 
 __all__ = [
     "documents",
@@ -33,8 +36,7 @@ __all__ = [
     "table",
 ]
 
-DOCUMENTS = ("README.md", "bench/README.md")
-NOT_RUN = "not run"
+DOCUMENTS = ("README.md", "bench/README.md", "docs/grail.md", "docs/g2rl.md", "docs/vigor.md")
 GPU_RESULTS = "gpu"
 
 
@@ -109,6 +111,10 @@ def _peak(result: dict[str, Any]) -> str:
 
 def result_name(scenario: str) -> str:
     """Of a scenario's file in bench/results, without its ending; one holds all of a GPU."""
+    if scenario in GRPO_STEPS:
+        return step_file(scenario)
+    if scenario in SIGNAL_SCENARIOS:
+        return scenario
     return GPU_RESULTS if scenario in GPU_SCENARIOS else f"grad2reward-{scenario}"
 
 
@@ -119,39 +125,7 @@ def results_of(name: str) -> dict[str, Any] | None:
         return None
     scenarios = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
     found = scenarios.get(name, {})
-    return dict(found) if "rivals" in found else None
-
-
-Cell = Callable[[dict[str, Any]], str]
-
-
-def _times_ours(rival: str) -> Cell:
-    def cell(result: dict[str, Any]) -> str:
-        ratio = result["rivals"].get(rival, {}).get("times_ours")
-        return NOT_RUN if ratio is None else f"{ratio:.2f}"
-
-    return cell
-
-
-def _share(rival: str) -> Cell:
-    def cell(result: dict[str, Any]) -> str:
-        share = result["rivals"].get(rival, {}).get("share_of_peak")
-        return NOT_RUN if share is None else f"{share * 100:.0f} %"
-
-    return cell
-
-
-def _seconds(rival: str) -> Cell:
-    def cell(result: dict[str, Any]) -> str:
-        seconds = result["rivals"].get(rival, {}).get("median_seconds")
-        return NOT_RUN if seconds is None else f"{seconds * 1e3:.0f} ms"
-
-    return cell
-
-
-def _required(result: dict[str, Any]) -> str:
-    required = result.get("required_gflop")
-    return NOT_RUN if required is None else f"{required['total']:.0f}"
+    return dict(found) if "rivals" in found or "step" in found else None
 
 
 _SLOW = tuple(name for name, scenario in SCENARIOS.items() if "padded" in scenario.rivals)
@@ -160,47 +134,52 @@ _TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {
     "speed": (
         tuple(SCENARIOS),
         {
-            "loop": _times_ours("loop"),
-            "prompt cached": _times_ours("prompt_cached_loop"),
-            "cached loop": _times_ours("cached_loop"),
-            "tuned cached loop": _times_ours("tuned_cached_loop"),
-            "our PyTorch path": _times_ours("ours_reference"),
+            "loop": times_ours("loop"),
+            "prompt cached": times_ours("prompt_cached_loop"),
+            "cached loop": times_ours("cached_loop"),
+            "tuned cached loop": times_ours("tuned_cached_loop"),
+            "our PyTorch path": times_ours("ours_reference"),
         },
     ),
     "slow rivals": (
         _SLOW,
         {
-            "slow loop": _times_ours("slow_loop"),
-            "padded batches of 8": _times_ours("padded"),
-            "captum": _times_ours("captum"),
-            "inseq": _times_ours("inseq"),
+            "slow loop": times_ours("slow_loop"),
+            "padded batches of 8": times_ours("padded"),
+            "captum": times_ours("captum"),
+            "inseq": times_ours("inseq"),
         },
     ),
     "share of peak": (
         tuple(SCENARIOS),
         {
-            "required GFLOP": _required,
-            "g2r_fast": _share("ours"),
-            "our PyTorch path": _share("ours_reference"),
-            "tuned cached loop": _share("tuned_cached_loop"),
-            "cached loop": _share("cached_loop"),
-            "loop": _share("loop"),
+            "required GFLOP": required,
+            "g2r_fast": share("ours"),
+            "our PyTorch path": share("ours_reference"),
+            "tuned cached loop": share("tuned_cached_loop"),
+            "cached loop": share("cached_loop"),
+            "loop": share("loop"),
         },
     ),
     "gpu speed": (
         tuple(GPU_SCENARIOS),
         {
-            "g2r_fast": _seconds("ours"),
-            "of the matrix rate": _share("ours"),
-            "loop": _times_ours("loop"),
-            "cached loop": _times_ours("cached_loop"),
-            "packed loop": _times_ours("packed_loop"),
-            "packed cached loop": _times_ours("packed_cached_loop"),
-            "slow loop": _times_ours("slow_loop"),
-            "padded batches of 8": _times_ours("padded"),
-            "our PyTorch path": _times_ours("ours_reference"),
+            "g2r_fast": seconds("ours"),
+            "of the matrix rate": share("ours"),
+            "loop": times_ours("loop"),
+            "cached loop": times_ours("cached_loop"),
+            "packed loop": times_ours("packed_loop"),
+            "packed cached loop": times_ours("packed_cached_loop"),
+            "slow loop": times_ours("slow_loop"),
+            "padded batches of 8": times_ours("padded"),
+            "our PyTorch path": times_ours("ours_reference"),
         },
     ),
+    **SIGNAL_TABLES,
+}
+_LABELS = {
+    name: one.label
+    for name, one in (SCENARIOS | GPU_SCENARIOS | SIGNAL_SCENARIOS | GRPO_STEPS).items()
 }
 
 
@@ -220,7 +199,7 @@ def render(name: str) -> str:
         "|---" * (1 + len(used)) + "|",
     ]
     for scenario, row in rows.items():
-        cells = [(SCENARIOS | GPU_SCENARIOS)[scenario].label, *(row[i] for i in used)]
+        cells = [_LABELS[scenario], *(row[i] for i in used)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -242,5 +221,5 @@ def marked_tables(text: str) -> list[str]:
 
 def documents(root: Path) -> dict[Path, str]:
     """Every document that may hold such tables, as it should read."""
-    paths = [root / name for name in DOCUMENTS]
+    paths = [root / name for name in DOCUMENTS if (root / name).is_file()]
     return {path: rewritten(path.read_text(encoding="utf-8")) for path in paths}

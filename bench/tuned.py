@@ -25,7 +25,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-__all__ = ["Tuning", "onednn_linears", "tuned"]
+__all__ = [
+    "Tuning",
+    "onednn_linears",
+    "product_nn",
+    "product_nt",
+    "product_tn",
+    "swapped_forwards",
+    "transposed",
+    "tuned",
+]
 
 # Rows of queries per block of attention: of 64, 128, 256 and all, 64 and 128 were fastest.
 QUERY_BLOCK = 128
@@ -47,21 +56,21 @@ def _on_onednn(a: Tensor) -> bool:
     return a.device.type == "cpu" and a.dtype == torch.float32 and a.ndim == 2
 
 
-def _nt(a: Tensor, b: Tensor) -> Tensor:
+def product_nt(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.mT`."""
     if _on_onednn(a):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
 
 
-def _nn(a: Tensor, b: Tensor) -> Tensor:
+def product_nn(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`."""
     if _on_onednn(a):
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
 
-def _tn(a: Tensor, b: Tensor) -> Tensor:
+def product_tn(a: Tensor, b: Tensor) -> Tensor:
     """`a.mT @ b`; b is the narrow one."""
     if _on_onednn(a):
         a, b = a.contiguous(), b.t().contiguous()
@@ -101,7 +110,7 @@ class _PrefixAttention(Function):
                 stop = min(rows, start + QUERY_BLOCK)
                 seen = keys - rows + stop  # keys that the block's last query attends to
                 q = query[pair, :, start:stop].flatten(-3, -2)
-                scores = _nt(q, key[pair, :seen])
+                scores = product_nt(q, key[pair, :seen])
                 view = scores.unflatten(-2, (group, stop - start))
                 if stop - start > 1:
                     view[..., seen - stop + start :] += _triangle(stop - start, q)
@@ -110,7 +119,7 @@ class _PrefixAttention(Function):
                         hidden[pair, ..., : seen - tuning.prefix], float("-inf")
                     )
                 p = torch.softmax(scores, -1)
-                mixed = _nn(p, value[pair, :seen])
+                mixed = product_nn(p, value[pair, :seen])
                 out[pair, :, start:stop] = mixed.unflatten(-2, (group, stop - start))
                 kept.append((pair, start, stop, seen, q, p))
         ctx.kept, ctx.key, ctx.value = kept, key, value
@@ -127,12 +136,12 @@ class _PrefixAttention(Function):
         dq, dk, dv = torch.empty_like(grad), torch.zeros_like(key), torch.zeros_like(value)
         for pair, start, stop, seen, q, p in ctx.kept:
             g = grad[pair, :, start:stop].flatten(-3, -2)
-            dp = _nt(g, value[pair, :seen])
+            dp = product_nt(g, value[pair, :seen])
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            block = _nn(ds, key[pair, :seen]).unflatten(-2, (group, stop - start))
+            block = product_nn(ds, key[pair, :seen]).unflatten(-2, (group, stop - start))
             torch.mul(block, ctx.scaling, out=dq[pair, :, start:stop])
-            dk[pair, prefix:seen] += _tn(ds[..., prefix:], q)
-            dv[pair, prefix:seen] += _tn(p[..., prefix:], g)
+            dk[pair, prefix:seen] += product_tn(ds[..., prefix:], q)
+            dv[pair, prefix:seen] += product_tn(p[..., prefix:], g)
         dk, dv = (x.view(batch, kv_heads, -1, width) for x in (dk, dv))
         return dq.view(batch, heads, rows, width), dk, dv, None, None
 
@@ -200,10 +209,10 @@ class _MLP(Function):
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, back: Any) -> Tensor:
         width = down.shape[1]
         rows = x.reshape(-1, x.shape[-1])
-        both = _nt(rows, gate_up)
+        both = product_nt(rows, gate_up)
         gate, up = both[:, :width], both[:, width:]
         act = torch.nn.functional.silu(gate)
-        out = _nt(act * up, down)
+        out = product_nt(act * up, down)
         ctx.back = back
         derivative = torch.ops.aten.silu_backward(up, gate)  # up * silu'(gate)
         ctx.kept = (derivative, act)
@@ -213,12 +222,12 @@ class _MLP(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, down = ctx.back
         derivative, act = ctx.kept
-        inner = _nt(grads[0].reshape(-1, grads[0].shape[-1]), down)
+        inner = product_nt(grads[0].reshape(-1, grads[0].shape[-1]), down)
         width = inner.shape[1]
         both = inner.new_empty(len(inner), 2 * width)
         torch.mul(inner, derivative, out=both[:, :width])
         torch.mul(inner, act, out=both[:, width:])
-        return _nt(both, gate_up).view(grads[0].shape), None, None, None
+        return product_nt(both, gate_up).view(grads[0].shape), None, None, None
 
 
 class _RMSNorm(Function):
@@ -241,7 +250,7 @@ class _RMSNorm(Function):
 
 
 @contextmanager
-def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def swapped_forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     for module, forward in replaced.items():
         module.forward = forward
     try:
@@ -251,7 +260,7 @@ def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             del module.forward
 
 
-def _transposed(layer: Any) -> Tensor:
+def transposed(layer: Any) -> Tensor:
     """Made once per model and kept on the layer."""
     if not hasattr(layer, "bench_transposed"):
         layer.bench_transposed = layer.weight.detach().t().contiguous()
@@ -260,28 +269,38 @@ def _transposed(layer: Any) -> Tensor:
 
 
 def _onednn_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x: _OneDNNLinear.apply(x, layer.weight, layer.bias, _transposed(layer))
+    return lambda x: _OneDNNLinear.apply(x, layer.weight, layer.bias, transposed(layer))
 
 
 def _linears(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
     """Nothing to do in bfloat16, where nn.Linear runs on oneDNN already."""
     if model.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return {}
+    return _all_linears(model, _onednn_forward)
+
+
+def _all_linears(
+    model: PreTrainedModel, forward: Callable[[Any], Any]
+) -> dict[nn.Module, Callable[..., Any]]:
     layers = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
-    return {layer: _onednn_forward(layer) for layer in layers}
+    return {layer: forward(layer) for layer in layers}
 
 
 @contextmanager
 def onednn_linears(model: PreTrainedModel) -> Iterator[None]:
     """Replace the decoder's linear layers by `_OneDNNLinear` where that is not the default."""
-    with _forwards(_linears(model) if model.device.type == "cpu" else {}):
+    with swapped_forwards(_linears(model) if model.device.type == "cpu" else {}):
         yield
 
 
-def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+def _prepare_mlp(mlp: Any) -> None:
+    """Gate and up as one matrix, and the weights transposed; made once and kept on the module."""
     if not hasattr(mlp, "bench_gate_up"):
         mlp.bench_gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
-        mlp.bench_back = (mlp.bench_gate_up.t().contiguous(), _transposed(mlp.down_proj))
+        mlp.bench_back = (mlp.bench_gate_up.t().contiguous(), transposed(mlp.down_proj))
+
+
+def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: _MLP.apply(x, mlp.bench_gate_up, mlp.down_proj.weight, mlp.bench_back)
 
 
@@ -299,16 +318,25 @@ def _some_rows(forward: Callable[[Tensor], Tensor], tuning: Tuning) -> Callable[
     return run
 
 
+# Of a linear layer, an MLP, a norm: what runs in place of its forward.
+Parts = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]
+
+
 @contextmanager
-def tuned(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Swap the inside of a Qwen2 model; yields the keywords that its forward needs."""
+def tuned(model: PreTrainedModel, parts: Parts | None = None) -> Iterator[dict[str, Any]]:
+    """Swap the inside of a Qwen2 model; yields the keywords that its forward needs.
+
+    `parts`: others than those of this file, for all linear layers, MLPs and norms of the layers.
+    """
     tuning = Tuning()
-    replaced = _linears(model)
+    linear, mlp, norm = parts or (_onednn_forward, _mlp_forward, _norm_forward)
+    replaced = _linears(model) if parts is None else _all_linears(model, linear)
     layers: list[Any] = list(model.model.layers)
     for layer in layers:
-        replaced[layer.mlp] = _mlp_forward(layer.mlp)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            replaced[norm] = _norm_forward(norm)
+        _prepare_mlp(layer.mlp)
+        replaced[layer.mlp] = mlp(layer.mlp)
+        for one in (layer.input_layernorm, layer.post_attention_layernorm):
+            replaced[one] = norm(one)
     last = layers[-1]
     replaced[last.mlp] = _some_rows(replaced[last.mlp], tuning)
     output = last.self_attn.o_proj
@@ -316,7 +344,7 @@ def tuned(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     before = model.config._attn_implementation
     model.set_attn_implementation("bench_tuned")
     try:
-        with _forwards(replaced):
+        with swapped_forwards(replaced):
             yield {"tuning": tuning}
     finally:
         model.set_attn_implementation(before)

@@ -196,6 +196,9 @@ MODELS: dict[str, dict[str, int | bool]] = {
     },
 }
 
+MODELS["h512l8-v32k-tied"] = MODELS["h512l8-v32k"] | {"tie_word_embeddings": True}
+MODELS["tiny-tied"] = MODELS["tiny"] | {"tie_word_embeddings": True}
+
 
 def build_model(
     name: str,

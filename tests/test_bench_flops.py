@@ -32,7 +32,7 @@ def events(sizes: Sizes, judgements: list[Judgement]) -> dict[str, int]:
             last = layer == sizes.layers - 1
             for at in range(len(ids)):
                 row = ids[: at + 1]
-                read = at == len(ids) - 1
+                read = at in judgement.read_positions
                 names = ["k", "v"] if last and not read else ["k", "v", "q", "o", "g", "u", "d"]
                 linear |= {(layer, name, row) for name in names}
                 keys = [
@@ -53,9 +53,10 @@ def events(sizes: Sizes, judgements: list[Judgement]) -> dict[str, int]:
                     if key >= judgement.response_start:
                         back_attention.add((layer, "dK", row, key, number))
                         back_attention.add((layer, "dV", row, key, number))
-        heads.add(ids)
-        if judgement.is_true:
-            back_heads.add((ids, number))
+        for at in judgement.read_positions:
+            heads.add(ids[: at + 1])
+            if judgement.is_true:
+                back_heads.add((ids[: at + 1], number))
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     size = {"k": kv, "v": kv, "q": q, "o": q} | dict.fromkeys("gud", sizes.intermediate)
     return {
@@ -90,6 +91,11 @@ CASES = {
         Judgement([1, 2, 3, 9, 5, 6, 7], 3, True),
     ],
     "the same twice": [Judgement([1, 2, 3], 1, True), Judgement([1, 2, 3], 1, True)],
+    "several reads": [
+        Judgement([1, 2, 3, 4, 5], 2, True, (1, 2, 4)),  # the first in front of what comes back
+        Judgement([1, 2, 3, 9, 5, 6], 0, True, (1, 2, 3)),
+        Judgement([1, 2, 3, 9, 5, 7], 6, False, (3, 4, 5)),
+    ],
     "an empty response": [
         Judgement([1, 2], 2, True),
         Judgement([1, 3], 1, True),

@@ -1,0 +1,68 @@
+"""Paired, alternating repetitions: what every benchmark of this folder does with a clock.
+
+A repetition runs everything once and the next one runs it in reverse order, so that a slow drift of
+the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Effort", "repeat"]
+
+# Of a scenario whose repetitions are short: until this many of them, or `least_seconds`.
+MOST_REPETITIONS = 25
+# Of a scenario whose repetitions are long: a median of fewer says nothing about the spread.
+LEAST_REPETITIONS = 2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often things are repeated."""
+
+    repetitions: int = 5
+    slow_repetitions: int = 2  # for rivals marked slow
+    least_seconds: float = 10.0  # short scenarios go on for as long
+    most_seconds: float | None = None  # long ones stop after it, with at least two repetitions
+
+    def another(self, done: int, elapsed: float) -> bool:
+        """Whether to repeat once more after `done` repetitions that took `elapsed` seconds."""
+        if done < min(LEAST_REPETITIONS, self.repetitions):
+            return True
+        if self.most_seconds is not None and elapsed * (done + 1) / done > self.most_seconds:
+            return False
+        return done < self.repetitions or (
+            elapsed < self.least_seconds and done < max(MOST_REPETITIONS, self.repetitions)
+        )
+
+
+def repeat(
+    runs: Mapping[str, Callable[[], object]],
+    entries: Mapping[str, dict[str, Any]],
+    effort: Effort,
+    slow: Collection[str] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Time every run; each repetition's seconds, CPU seconds and load go to the entry of its name.
+
+    Those named in `slow` take part in the first `slow_repetitions` repetitions only.
+    """
+    started, repetition = time.perf_counter(), 0
+    while effort.another(repetition, time.perf_counter() - started):
+        slow_too = repetition < effort.slow_repetitions
+        order = [name for name in runs if slow_too or name not in slow]
+        for name in order if repetition % 2 == 0 else reversed(order):
+            entry = entries[name]
+            gc.collect()
+            entry["load_before"].append(round(os.getloadavg()[0], 2))
+            cpu, wall = time.process_time(), time.perf_counter()
+            runs[name]()
+            entry["seconds"].append(time.perf_counter() - wall)
+            entry["cpu_seconds"].append(time.process_time() - cpu)
+            log(f"repetition {repetition + 1}, {name}: {entry['seconds'][-1]:.2f} s")
+        repetition += 1
