@@ -21,6 +21,12 @@ from g2r_fast.reference.grad2reward import (
 )
 from g2r_fast.reference.grail import answer_nll, answer_saliency, answer_weights
 from g2r_fast.reference.oracles import central_differences, forward_mode_scores
+from g2r_fast.reference.vigor import (
+    completion_gradients,
+    completion_nll,
+    gradient_norm,
+    rank_rewards,
+)
 
 __all__ = [
     "ReferenceDecoder",
@@ -32,13 +38,17 @@ __all__ = [
     "argmax_verdict",
     "attribution",
     "central_differences",
+    "completion_gradients",
+    "completion_nll",
     "forward_mode_scores",
+    "gradient_norm",
     "input_gradients",
     "mean_attribution",
     "objective_cotangent",
     "objective_value",
     "outcome_rewards",
     "pullback",
+    "rank_rewards",
     "relative_error",
     "response_reward",
     "response_score",
