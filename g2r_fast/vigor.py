@@ -36,6 +36,7 @@ __all__ = ["gradient_norms", "rank_rewards", "scalar_gradient_norms"]
 # from some hundred rows on, and the method promises to stay below one copy of the weights.
 _MEMORY_SHARE = 0.5
 _STRETCH_ELEMENTS = 2**21  # of logits whose softmax is on its way
+_LOWEST_EXPONENT = -100  # 2 ** 100 is a float32
 
 
 def gradient_norms(
@@ -261,8 +262,8 @@ class _MeanNll:
             others = values.sum(-1, keepdim=True)
             part.copy_(values).scatter_(1, at, -others)
             largest = max(largest, float(others.max()))
-        # Of a completion that the policy is sure of, brought near one; 2 ** 100 is a float32.
-        exponent = min(0, max(-100, math.frexp(largest)[1]))
+        # Those of a completion that the policy is sure of are brought near one.
+        exponent = min(0, max(_LOWEST_EXPONENT, math.frexp(largest)[1]))
         if exponent:
             logits.mul_(2.0**-exponent)
         return logits, 2.0**exponent / len(ids)

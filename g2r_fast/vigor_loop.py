@@ -17,6 +17,8 @@ from .plan import PackedSequence, Read
 
 __all__ = ["loop_norms"]
 
+_STRETCH_ELEMENTS = 2**22  # of a gradient in float64
+
 
 def loop_norms(
     policy: Any, sequences: Sequence[PackedSequence], scalar: Scalar, parameters: Parameters
@@ -52,10 +54,14 @@ def loop_norms(
 
 def _norm(logits: Tensor, cotangents: Tensor, chosen: Sequence[Tensor], keep: bool = False) -> Any:
     grads = torch.autograd.grad(logits, chosen, cotangents, retain_graph=keep, allow_unused=True)
-    squares = [
-        g.square().sum(dtype=torch.float64).to(logits.device) for g in grads if g is not None
-    ]
+    squares = [_square(g).to(logits.device) for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _square(grad: Tensor) -> Tensor:
+    """`grad.double().square().sum()`: a float16 square has no room, and a copy of a head little."""
+    parts = grad.reshape(-1).split(_STRETCH_ELEMENTS)
+    return torch.stack([part.double().square().sum() for part in parts]).sum()
 
 
 @contextmanager

@@ -190,8 +190,8 @@ def worst(found: Iterable[float], expected: Iterable[float]) -> float:
     return max(errors(found, expected))
 
 
-def rms(found: Iterable[float], expected: Iterable[float]) -> float:
-    squares = [error**2 for error in errors(found, expected)]
+def rms(values: Iterable[float]) -> float:
+    squares = [value**2 for value in values]
     return math.sqrt(math.fsum(squares) / len(squares))
 
 
