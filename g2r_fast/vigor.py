@@ -76,16 +76,18 @@ def gradient_norms(
     rollouts = read_rollouts(policy, prompt_ids, completion_ids)
     sequences = [rollout.sequence(backward_start=0) for rollout in rollouts]
     rows = [i for i, sequence in enumerate(sequences) if sequence is not None]
+    chosen = choose_engine(base_model(policy), engine)
     norms = _norms(
         policy,
         [s for s in sequences if s is not None],
         _MeanNll([rollouts[i] for i in rows]),
         parameters,
-        choose_engine(base_model(policy), engine),
+        chosen,
         max_tokens,
     )
-    found = norms.new_zeros(len(rollouts))
-    found[rows] = norms
+    with plain_torch():
+        found = norms.new_zeros(len(rollouts))
+        found[rows] = norms
     return found
 
 
@@ -217,15 +219,15 @@ def _norms(
     check_max_tokens(max_tokens)
     policy = base_model(policy)
     wanted = Parameters.of(policy, parameters)
-    if isinstance(engine, AutogradEngine):
-        return _as_result(policy, sequences, loop_norms(policy, sequences, scalar, wanted))
-    signal = NormSignal(policy, sequences, scalar, wanted)
-    if signal.leaf is None:  # nothing goes back behind the head, so nothing is kept for it
-        sequences = [
-            PackedSequence(s.input_ids, len(s.input_ids), s.reads, s.label) for s in sequences
-        ]
     own_bytes = sum(p.nbytes for p in policy.parameters())
     with plain_torch():
+        if isinstance(engine, AutogradEngine):
+            return _as_result(policy, sequences, loop_norms(policy, sequences, scalar, wanted))
+        signal = NormSignal(policy, sequences, scalar, wanted)
+        if signal.leaf is None:  # nothing goes back behind the head, so nothing is kept for it
+            sequences = [
+                PackedSequence(s.input_ids, len(s.input_ids), s.reads, s.label) for s in sequences
+            ]
         engine.run(sequences, signal, max_tokens, max_bytes=int(_MEMORY_SHARE * own_bytes))
         return _as_result(policy, sequences, signal.norms())
 

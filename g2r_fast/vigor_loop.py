@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .adapters import plain
-from .ambient import plain_torch
 from .grad2reward import check_finite
 from .gradient_norms import Parameters, Scalar
 from .plan import PackedSequence, Read
@@ -28,7 +27,6 @@ def loop_norms(
     device = plain(policy.get_input_embeddings()).weight.device
     norms = torch.zeros(len(sequences), dtype=torch.float64, device=device)
     with (
-        plain_torch(),
         torch.enable_grad(),
         _live(chosen),
         _without_checkpoints(policy),
