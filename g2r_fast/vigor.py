@@ -188,6 +188,15 @@ def rank_rewards(norms: Any, lengths: Sequence[int], group_size: int) -> Tensor:
                 got=float(numbers[index]),
                 index=index,
             )
+    halves = (counts != counts.floor()).nonzero()
+    if len(halves):
+        index = int(halves[0])
+        raise InputError(
+            "a length is no whole number",
+            expected="counts of tokens",
+            got=float(counts[index]),
+            index=index,
+        )
     if group_size == 1:
         return torch.zeros_like(values, dtype=torch.float32)
     scores = torch.where(counts > 0, -counts.sqrt() * values, -torch.inf).view(-1, group_size)

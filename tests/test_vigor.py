@@ -55,7 +55,7 @@ def errors_of_subsets(model: Any, rows: Any, squares: Any, engine: str) -> dict[
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float64_equals_the_reference(variant: str) -> None:
-    """For every subset of the parameters; to the last digits, where the limit is 1e-10."""
+    """For every subset of the parameters."""
     model, rows = tiny_variant(variant, dtype=torch.float64), rows_of_every_kind()
     assert norms(model, rows).dtype == torch.float64
     found = errors_of_subsets(model, rows, squares_of_reference(model, rows), "packed")

@@ -18,7 +18,7 @@ from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder, completion_gradients
 
 # Of one norm, |n - n*| / n*.
-FLOAT64 = 1e-10
+FLOAT64 = 1e-12
 PACKED_ALONE = 1e-12
 SAME_MODULES = 1e-11  # two ways through a stock model in float64
 STOCK = 2e-5  # float32, two implementations
