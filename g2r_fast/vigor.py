@@ -266,15 +266,15 @@ class _MeanNll:
         the others' probabilities, which 1 - p would round away."""
         ids = torch.tensor(self._rollouts[sequence].response_ids, device=logits.device)[:, None]
         step = max(1, _STRETCH_ELEMENTS // logits.shape[1])
-        largest = 0.0
+        largest = logits.new_zeros(())
         for start in range(0, len(ids), step):
             part, at = logits[start : start + step], ids[start : start + step]
             values = part.softmax(-1).scatter_(1, at, 0.0)
             others = values.sum(-1, keepdim=True)
             part.copy_(values).scatter_(1, at, -others)
-            largest = max(largest, float(others.max()))
+            largest = torch.maximum(largest, others.max())
         # Those of a completion that the policy is sure of are brought near one.
-        exponent = min(0, max(_LOWEST_EXPONENT, math.frexp(largest)[1]))
+        exponent = min(0, max(_LOWEST_EXPONENT, math.frexp(float(largest))[1]))
         if exponent:
             logits.mul_(2.0**-exponent)
         return logits, 2.0**exponent / len(ids)
