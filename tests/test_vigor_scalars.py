@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_calls import native
 from tiny_models import tiny_model, tiny_variant
 from torch import Tensor
 from vigor_runs import (
+    FLOAT64,
     NATIVE_SIZES,
     PACKED_ALONE,
     STOCK,
@@ -26,6 +31,7 @@ from vigor_runs import (
 
 from g2r_fast import vigor
 from g2r_fast.errors import InputError, InputTypeError
+from g2r_fast.reference import ReferenceDecoder
 
 __all__ = ["native"]
 
@@ -138,6 +144,67 @@ def test_the_mean_nll_as_a_scalar_is_vigors() -> None:
         engine="packed",
     )
     assert worst(found, norms(model, rows)) <= PACKED_ALONE
+
+
+@cache
+def float64_model() -> Any:
+    return tiny_model(
+        "qwen3",
+        dtype=torch.float64,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        attention_bias=True,
+    )
+
+
+def of_reference(model: Any, scalar: Scalar, sequence: Any, counts: Callable[[str], bool]) -> float:
+    """Through the float64 decoder and autograd."""
+    ids, reads = sequence
+    decoder = ReferenceDecoder.from_model(model)
+    leaves = {n: w.clone().requires_grad_(True) for n, w in decoder.weights.items()}
+    leaves["head.weight"] = leaves["embed_tokens.weight"]
+    live = {n: w for n, w in leaves.items() if n != "head.weight" and counts(f"model.{n}")}
+    with torch.enable_grad():
+        again = replace(decoder, weights=leaves)
+        value = scalar(0, again.logits(again.embed(ids), None)[reads]).sum()
+        grads = torch.autograd.grad(value, list(live.values()), allow_unused=True)
+    return float(sum(g.square().sum() for g in grads if g is not None)) ** 0.5
+
+
+# Few different ids: sequences begin alike, are the same with other reads, repeat themselves.
+SEQUENCES = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=6).flatmap(
+        lambda ids: st.tuples(
+            st.just(ids),
+            st.sets(st.integers(0, len(ids) - 1), min_size=1).map(sorted),
+        )
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=60)
+@given(SEQUENCES, st.sampled_from(sorted(SUBSETS)), st.booleans())
+def test_any_reads_of_any_batch(sequences: Any, subset: str, cut: bool) -> None:
+    model = float64_model()
+    if not train_only(model, SUBSETS[subset]):
+        return
+    found = vigor.scalar_gradient_norms(
+        model,
+        [ids for ids, _ in sequences],
+        mixed_positions,
+        reads=[reads for _, reads in sequences],
+        engine="packed",
+        max_tokens=24 if cut else None,
+    )
+    expected = [of_reference(model, mixed_positions, s, SUBSETS[subset]) for s in sequences]
+    # Of a single token attention has no gradient but rounding.
+    least = 1e-12 * of_reference(model, mixed_positions, sequences[0], SUBSETS["all"])
+    pairs = list(zip(found.tolist(), expected, strict=True))
+    assert all(a <= 10 * least for a, e in pairs if e <= least)
+    pairs = [(a, e) for a, e in pairs if e > least]
+    assert not pairs or worst(*zip(*pairs, strict=True)) <= FLOAT64
 
 
 def test_positions_from_the_end_and_micro_batches() -> None:
