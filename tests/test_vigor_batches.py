@@ -220,6 +220,22 @@ def test_the_head_alone_needs_no_backward(ran: list[Ran]) -> None:
     assert ran[1].done.rows_backward > 0
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_nothing_uninitialised_is_read(
+    backend: str, native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.empty comes filled with NaN here; one value that leaked would show."""
+    monkeypatch.setenv("G2R_BACKEND", backend)
+    model, rows = tiny_model("qwen3", attention_bias=True, **NATIVE_SIZES), rows_of_every_kind()
+    expected = norms(model, rows)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert torch.equal(norms(model, rows), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("limit", [120, 60])
 def test_running_out_of_cuda_memory_counts_nothing_twice(
     limit: int, monkeypatch: pytest.MonkeyPatch
