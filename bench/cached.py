@@ -15,7 +15,7 @@ README.md in this folder lists what else was tried.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,11 @@ __all__ = [
     "cached_loop",
     "cached_loop_simple",
     "fork",
+    "forked",
     "grouped_query_sdpa",
+    "padded_left",
     "prompt_cache",
+    "together",
     "tuned_cached_loop",
 ]
 
@@ -116,14 +119,18 @@ def tuned_cached_loop(model: PreTrainedModel, workload: Workload) -> Answer:
 
 
 def _batches(workload: Workload, tuning: Tuning, extra: dict[str, Any]) -> list[range]:
-    """Which responses run together: short ones all, where the model knows of padding."""
-    count = len(workload.responses)
-    if extra and max(len(response) for response in workload.responses) <= SHORT:
-        return [range(count)]
-    return [range(i, i + 1) for i in range(count)]
+    """Which responses run together; one at a time where the model knows nothing of padding."""
+    lengths = [len(response) for response in workload.responses]
+    return together(lengths) if extra else [range(i, i + 1) for i in range(len(lengths))]
 
 
-def _padded_left(pieces: list[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
+def together(lengths: Sequence[int]) -> list[range]:
+    """Which sequences of these lengths run as one padded batch: short ones all, others none."""
+    count = len(lengths)
+    return [range(count)] if max(lengths) <= SHORT else [range(i, i + 1) for i in range(count)]
+
+
+def padded_left(pieces: list[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids `[B, longest]`, their positions from `start` on, and where there is padding."""
     longest = max(len(piece) for piece in pieces)
     device = pieces[0].device
@@ -133,7 +140,7 @@ def _padded_left(pieces: list[Tensor], start: int) -> tuple[Tensor, Tensor, Tens
     return ids, start + places.clamp(min=0), places < 0
 
 
-def _forked(prompt: Cache, count: int) -> Cache:
+def forked(prompt: Cache, count: int) -> Cache:
     """A copy of a cache of batch size one, for `count` sequences."""
     cache = fork(prompt)
     cached: list[Any] = cache.layers
@@ -158,7 +165,7 @@ def _batched_tails(
     prompt = prompt_cache(model, workload, **extra)
     tuning.prefix = len(workload.prompt)
     for batch in _batches(workload, tuning, extra):
-        ids, positions, padding = _padded_left(
+        ids, positions, padding = padded_left(
             [workload.responses[i] for i in batch], len(workload.prompt)
         )
         tuning.last_rows = slice(0, 0)
@@ -167,7 +174,7 @@ def _batched_tails(
         prefix = model.model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=_forked(prompt, len(batch)),
+            past_key_values=forked(prompt, len(batch)),
             use_cache=True,
             **extra,
         ).past_key_values
@@ -236,13 +243,13 @@ def _single_tail(
     tuning.prefix, tuning.last_rows = len(workload.prompt), slice(-1, None)
     for batch in _batches(workload, tuning, extra):
         pieces = [torch.cat([workload.responses[i], workload.tails[0]]) for i in batch]
-        ids, positions, padding = _padded_left(pieces, len(workload.prompt))
+        ids, positions, padding = padded_left(pieces, len(workload.prompt))
         tuning.hidden_keys = padding if len(batch) > 1 else None
         embeds = model.get_input_embeddings()(ids).requires_grad_()
         hidden = model.model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=_forked(prompt, len(batch)),
+            past_key_values=forked(prompt, len(batch)),
             use_cache=True,
             **extra,
         ).last_hidden_state[:, -1]

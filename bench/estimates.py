@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import Qwen2Config
 
@@ -131,7 +132,8 @@ def _step_estimate(name: str) -> Estimate:
 
 
 def _sizes(model: str) -> Sizes:
-    return Sizes.of(Qwen2Config(**MODELS[model]))
+    shape: dict[str, Any] = dict(MODELS[model])
+    return Sizes.of(Qwen2Config(**shape))
 
 
 def efforts(chosen: list[str], plain: Effort, minutes: float) -> dict[str, Effort]:

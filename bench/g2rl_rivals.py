@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.cached import fork, prompt_cache
+from bench.cached import forked, padded_left, prompt_cache, together
 from bench.flops import Sizes
 from bench.ours import our_module, reference_backend
 from bench.rivals import Unavailable
@@ -44,18 +44,25 @@ def full_logits_gradient(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
 
 def tuned_states(model: PreTrainedModel, rollouts: Rollouts) -> list[Tensor]:
     """`hidden_states` with the prompt's keys and values once and the model's inside swapped."""
-    found = []
+    found: list[Tensor] = []
+    pieces = [torch.cat([rollouts.prompt[-1:], c[:-1]]) for c in rollouts.completions]
+    before = len(rollouts.prompt) - 1
     with tuned(model) as extra, torch.no_grad():
         tuning = extra["tuning"]
         tuning.last_rows = slice(0, 0)
         prompt = prompt_cache(model, Workload(rollouts.prompt[:-1], [], [], [], 0), **extra)
-        tuning.prefix, tuning.last_rows = len(rollouts.prompt) - 1, slice(None)
-        for completion in rollouts.completions:
-            ids = torch.cat([rollouts.prompt[-1:], completion[:-1]])[None]
+        tuning.prefix, tuning.last_rows = before, slice(None)
+        for batch in together([len(piece) for piece in pieces]):
+            ids, positions, padding = padded_left([pieces[i] for i in batch], before)
+            tuning.hidden_keys = padding if len(batch) > 1 else None
             out = model.model(
-                input_ids=ids, past_key_values=fork(prompt), use_cache=True, **extra
-            ).last_hidden_state[0]
-            found.append(out)
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=forked(prompt, len(batch)),
+                use_cache=True,
+                **extra,
+            ).last_hidden_state
+            found += [out[b, -len(pieces[i]) :] for b, i in enumerate(batch)]
     return found
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.cached import fork, grouped_query_sdpa, prompt_cache
+from bench.cached import (
+    fork,
+    forked,
+    grouped_query_sdpa,
+    padded_left,
+    prompt_cache,
+    together,
+)
 from bench.flops import Sizes
 from bench.ours import our_module, reference_backend
 from bench.signal_flops import stock, swapped
@@ -100,24 +107,40 @@ def cached_loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
 
 
 def tuned_cached_loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
-    """`cached_loop` with the inside of the model swapped for faster stock PyTorch."""
+    """`cached_loop` with the inside of the model swapped for faster stock PyTorch; short
+    completions in one padded batch."""
     found: Answer = []
+    pieces = [_needed(rollouts, i) for i in range(len(rollouts.completions))]
+    before = len(rollouts.prompt) - 1
     with tuned(model) as extra:
         tuning = extra["tuning"]
         tuning.last_rows = slice(0, 0)
         prompt = prompt_cache(model, _shorter(rollouts), **extra)
-        tuning.prefix = len(rollouts.prompt) - 1
-        for i, (start, _, _, stop) in enumerate(rollouts.spans):
-            # The rows of the span are the last ones.
-            tuning.last_rows = slice(start, stop)
-            embeds = model.get_input_embeddings()(_needed(rollouts, i)[None]).requires_grad_()
+        tuning.prefix = before
+        for batch in together([len(piece) for piece in pieces]):
+            ids, positions, padding = padded_left([pieces[i] for i in batch], before)
+            tuning.hidden_keys = padding if len(batch) > 1 else None
+            # Padded on the left, all spans end with the last row.
+            spans = [(i, *rollouts.spans[i][::3]) for i in batch]
+            tuning.last_rows = slice(-max(stop - start for _, start, stop in spans), None)
+            embeds = model.get_input_embeddings()(ids).requires_grad_()
             hidden = model.model(
-                inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True, **extra
-            ).last_hidden_state[0, start:stop]
-            logits = model.lm_head(hidden)
-            loss = _loss(logits, rollouts.completions[i][start:stop], rollouts.temperature)
-            (grad,) = torch.autograd.grad(loss, embeds)
-            found.append(_with_zeros(_norms(grad[0], embeds[0]), len(rollouts.completions[i])))
+                inputs_embeds=embeds,
+                position_ids=positions,
+                past_key_values=forked(prompt, len(batch)),
+                use_cache=True,
+                **extra,
+            ).last_hidden_state
+            logits = model.lm_head(
+                torch.cat([hidden[b, start - stop :] for b, (_, start, stop) in enumerate(spans)])
+            )
+            targets = torch.cat([rollouts.completions[i][start:stop] for i, start, stop in spans])
+            # The sum over completions: no one's loss reaches another's embeddings.
+            loss = _loss(logits, targets, rollouts.temperature)
+            (grads,) = torch.autograd.grad(loss, embeds)
+            for b, i in enumerate(batch):
+                norms = _norms(grads[b], embeds[b])[-len(pieces[i]) :]
+                found.append(_with_zeros(norms, len(rollouts.completions[i])))
     return found
 
 

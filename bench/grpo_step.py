@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,8 +170,8 @@ def measure(
 
     runs: dict[str, Callable[[], object]] = {"step": step}
     for method in methods:
-        runs[f"{method} public"] = lambda method=method: public(method)
-        runs[f"{method} ours"] = lambda method=method: ours(method)
+        runs[f"{method} public"] = partial(public, method)
+        runs[f"{method} ours"] = partial(ours, method)
     entries: dict[str, dict[str, Any]] = {
         name: {"seconds": [], "cpu_seconds": [], "load_before": []} for name in runs
     }

@@ -1,9 +1,9 @@
 """Measure every scenario; rewrite bench/results/ and the documents' tables from it.
 
     python -m bench.publish                  # everything; says first how long it will take
-    python -m bench.publish --only bfloat16  # scenarios with that in their name
-    python -m bench.publish --only vigor,grail,g2rl,grpo   # the other three methods
-    python -m bench.publish --minutes 60     # more repetitions where they are long
+    python -m bench.publish --only bfloat16  # results files with that in their name
+    python -m bench.publish --only vigor,grail,g2rl,grpo   # the three methods beside Grad2Reward
+    python -m bench.publish --minutes 90     # more repetitions where they are long
     python -m bench.publish --tables         # no measurement: the tables from the files there are
 
 One file per scenario, written when it is finished; what was not measured keeps its file. On a busy
@@ -79,8 +79,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", metavar="TEXT", help="comma-separated parts of scenario names")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time budget (25)")
+    parser.add_argument("--only", metavar="TEXT", help="comma-separated parts of file names")
+    parser.add_argument("--minutes", type=float, default=65.0, help="time budget (65)")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--slow-repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -94,7 +94,7 @@ def main() -> None:
         return
     parts = arguments.only.split(",") if arguments.only else [""]
     known = [*SCENARIOS, *SIGNAL_SCENARIOS, *STEPS]
-    chosen = [name for name in known if any(part in name for part in parts)]
+    chosen = [name for name in known if any(part in _file(name) for part in parts)]
     if not chosen:
         parser.error(f"--only matches none of {', '.join(known)}")
     plain = Effort(arguments.repetitions, arguments.slow_repetitions)

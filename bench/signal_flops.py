@@ -22,7 +22,7 @@ A rival is counted as it works: `stock` is the transformers model, all rows in a
 attention's backward, five products over every key; `swapped` is the same with the inside of
 `tuned.py`, which keeps probabilities (the passes above form the scores again), spares K and V
 gradients of constant keys, and in the last layer everything but K, V and Q of rows that nobody
-reads.
+reads. Where short completions run as one padded batch, padding is not counted.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def vigor(sizes: Sizes, rollouts: Rollouts, *, tied: bool = False) -> Terms:
     return terms
 
 
-REQUIRED: dict[str, Callable[[Sizes, Rollouts], Terms]] = {
+REQUIRED: dict[str, Callable[..., Terms]] = {
     "grail": grail,
     "g2rl": g2rl,
     "vigor": vigor,

@@ -74,7 +74,7 @@ _WITHOUT_OPACUS = tuple(name for name in VIGOR_RIVALS if name != "opacus")
 
 
 def _scenarios() -> dict[str, SignalScenario]:
-    found = {}
+    found: dict[str, SignalScenario] = {}
     for dtype in ("float32", "bfloat16"):
         head = replace(_VIGOR, parameters="lm_head", rivals=_WITHOUT_OPACUS, memory=False)
         tied = replace(_VIGOR, model="h512l8-v32k-tied", rivals=_WITHOUT_OPACUS)

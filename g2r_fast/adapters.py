@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel
 from .errors import InputError
 
 __all__ = [
+    "LowRank",
     "adapter_layers",
     "adapters_off",
     "base_model",
     "check_adapters",
     "is_active_adapter",
+    "low_rank",
     "named_modules",
     "plain",
 ]
@@ -138,6 +141,39 @@ def is_active_adapter(module: nn.Module) -> bool:
     if _inner(module) is None or getattr(module, _FLAG):
         return False
     return not getattr(module, "merged", False)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA adapter that is on: its layer computes `base(x) + scale * (x @ a.T) @ b.T`."""
+
+    a: nn.Parameter  # [r, in]
+    b: nn.Parameter  # [out, r]
+    scale: float
+
+
+def low_rank(module: nn.Module) -> tuple[LowRank, ...] | None:
+    """The adapters that are on at a plain linear layer; None where a module computes anything else,
+    as DoRA and other variants do, or drops inputs in train mode."""
+    if not is_active_adapter(module) or type(module).__name__ != "Linear":
+        return None
+    if not type(module).__module__.startswith("peft.tuners.lora"):
+        return None
+    adapted: Any = module
+    if type(adapted.base_layer) is not nn.Linear or getattr(adapted, "fan_in_fan_out", False):
+        return None
+    found = []
+    for name in adapted.active_adapters:
+        if name not in adapted.lora_A:
+            continue
+        a, b, dropout = adapted.lora_A[name], adapted.lora_B[name], adapted.lora_dropout[name]
+        varied = name in getattr(adapted, "lora_variant", {}) or adapted.use_dora.get(name)
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        plain_pair = type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None
+        if varied or drops or not plain_pair:
+            return None
+        found.append(LowRank(a.weight, b.weight, float(adapted.scaling[name])))
+    return tuple(found)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

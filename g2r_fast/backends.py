@@ -53,7 +53,6 @@ class Request:
     intermediate: int
     head_dim: int
     scattered: tuple[str, ...] = ()  # names of the weights that are not contiguous
-    reads_linears: bool = False  # whether the signal reads linear layers on the way back
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,6 @@ def _triton_reasons(request: Request) -> list[str]:
         reasons.append(f"head_dim {request.head_dim} is not even and at most {largest}")
     if request.hidden > WIDEST:
         reasons.append(f"hidden size {request.hidden} is above {WIDEST}")
-    if request.reads_linears:
-        reasons.append("the signal reads linear layers")
     problem = triton_device.problem_of(request.device, wanted_backend())
     return reasons if problem is None else [problem, *reasons]
 

@@ -20,7 +20,7 @@ from .families import read_weights
 from .packed_backward import PackedBackward
 from .packed_forward import PackedForward
 from .plan import DecoderShape, PackedPlan, Read
-from .signal import Cotangents, LinearRows, Signal
+from .signal import Cotangents, Signal
 from .tables import read_linears
 from .tape import PassContext, Tape
 
@@ -61,11 +61,11 @@ class FrozenDecoder:
         """Its sizes, for counting what a pass keeps."""
         return replace(
             self.weights.shape,
-            keeps_attended=self.backend(reads_linears).keeps_attended,
+            keeps_attended=self.backend().keeps_attended,
             keeps_linears=reads_linears,
         )
 
-    def backend(self, reads_linears: bool = False) -> Backend:
+    def backend(self) -> Backend:
         """What runs the operations; see `backends.choose`, also for what is raised."""
         shape = self.weights.shape
         return choose(
@@ -76,7 +76,6 @@ class FrozenDecoder:
                 intermediate=shape.intermediate,
                 head_dim=shape.head_dim,
                 scattered=self.weights.scattered,
-                reads_linears=reads_linears,
             )
         )
 
@@ -122,7 +121,7 @@ class FrozenDecoder:
         self, plan: PackedPlan, *, leaf: int | None = 0, keep_linears: bool = False
     ) -> Tape:
         """One pass over the plan's rows, keeping what a backward to `leaf` reads."""
-        context = PassContext(self.weights, plan, self.backend(keep_linears))
+        context = PassContext(self.weights, plan, self.backend())
         return PackedForward(context, leaf, keep_linears).run()
 
     @_on_its_device
@@ -155,10 +154,6 @@ class FrozenDecoder:
             return
         named = [reads[i] for i in cotangents.reads]
         hidden = self._hidden(tape, named)
-        rows = read_linears(named, torch.arange(len(named)), {})
-        device = self.weights.device
-        rows = LinearRows(
-            rows.lanes, rows.offsets, rows.kept.to(device), rows.rows.to(device), rows.exponents
-        )
+        rows = read_linears(named, torch.arange(len(named)), {}).to(self.weights.device)
         outputs = {self.weights.head_name: cotangents.values.shape[1]}
         signal.on_linear(outputs, hidden, cotangents.values.to(hidden.dtype), rows)

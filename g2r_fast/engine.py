@@ -103,7 +103,7 @@ class PackedEngine:
     ) -> EngineRun:
         """See `Engine.run`. Running out of CUDA memory halves the rows and goes on, with a
         warning; a single sequence that does not fit raises InputError."""
-        backend = self.decoder.backend(signal.reads_linears)
+        backend = self.decoder.backend()
         done = EngineRun(
             rows_unshared=sum(len(s.input_ids) for s in sequences),
             backend=str(backend),

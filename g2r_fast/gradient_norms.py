@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import named_modules, plain
+from .adapters import LowRank, low_rank, named_modules, plain
 from .errors import InputError
 from .grad2reward import check_finite
 from .ops import squared_gradient_norms, squared_row_sums
@@ -148,6 +148,9 @@ class NormSignal:
         if any(biases) and not self._parameters.head_only:
             grads = _columns(output_grads, widths, biases)
             self._add(rows, squared_row_sums(grads, rows))
+        for module, grads in zip(modules, output_grads.split(widths, dim=1), strict=True):
+            for adapter in low_rank(module) or ():
+                self._add_adapter(adapter, inputs, grads, rows)
         if self._tied and self._head in outputs:
             for lane, sequence in enumerate(rows.lanes):
                 entries = slice(rows.offsets[lane], rows.offsets[lane + 1])
@@ -181,6 +184,18 @@ class NormSignal:
             if gradient.is_whole:
                 self._squares[sequence] += gradient.square()
                 del self._embeddings[sequence]
+
+    def _add_adapter(
+        self, adapter: LowRank, inputs: Tensor, grads: Tensor, rows: LinearRows
+    ) -> None:
+        """Of `y = x @ W.T + scale * (x @ a.T) @ b.T`: a has the inputs x and the output gradients
+        `scale * dy @ b`, b the inputs `x @ a.T` and the output gradients `scale * dy`."""
+        a, b = adapter.a.detach().to(inputs.dtype), adapter.b.detach().to(inputs.dtype)
+        scaled = grads * adapter.scale
+        if adapter.a in self._parameters:
+            self._add(rows, squared_gradient_norms(inputs, scaled @ b, rows))
+        if adapter.b in self._parameters:
+            self._add(rows, squared_gradient_norms(inputs @ a.T, scaled, rows))
 
     def _add(self, rows: LinearRows, squares: Tensor) -> None:
         self._squares[torch.tensor(rows.lanes, device=squares.device)] += squares

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from . import cuda_attention, native_stages, triton_attention, triton_scoring, triton_stages
+from . import (
+    cuda_attention,
+    native_stages,
+    triton_attention,
+    triton_norms,
+    triton_scoring,
+    triton_stages,
+)
 from .backends import Backend, native_is_there, native_serves
 from .eager import attention as eager_attention
 from .eager import norms as eager_norms
@@ -259,7 +266,9 @@ def squared_gradient_norms(
     gradient tile by tile, 2 M in out, whichever is less. Sums in float32, tiles in float64.
     """
     run = eager_norms.squared_gradient_norms
-    if native_serves(grads.device, grads.dtype, _ANY_WIDTH):
+    if triton_norms.serves(inputs):
+        run = triton_norms.squared_gradient_norms
+    elif native_serves(grads.device, grads.dtype, _ANY_WIDTH):
         run = native_stages.squared_gradient_norms
     return _scaled_back(run(inputs, grads, rows), rows)
 
@@ -267,7 +276,9 @@ def squared_gradient_norms(
 def squared_row_sums(x: torch.Tensor, rows: LinearRows) -> torch.Tensor:
     """`x[rows].sum(0).square().sum()` of every sequence's rows, `[lanes]` float64."""
     run = eager_norms.squared_row_sums
-    if native_serves(x.device, x.dtype, x.shape[1]):
+    if triton_norms.serves(x):
+        run = triton_norms.squared_row_sums
+    elif native_serves(x.device, x.dtype, x.shape[1]):
         run = native_stages.squared_row_sums
     return _scaled_back(run(x, rows), rows)
 

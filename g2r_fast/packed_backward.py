@@ -83,14 +83,18 @@ class PackedBackward:
             entering[:, None],
         )
         read_map = backward_reads(at_on_host, context.chunk)
-        dx = self._last_layer(weights.layers[-1], tape.layers[-1], at, read_map, entering, reader)
+        dx = self._last_layer(
+            weights.layers[-1].whole(), tape.layers[-1], at, read_map, entering, reader
+        )
         body = range(len(weights.layers) - 2, leaf - 1, -1)
         if body:
             queries = backward_queries(tape.plan, self.backward, context.saved_rows_on_host)
             shape = (self.backward.rows, weights.heads, weights.head_dim)
             grad_out, dq = context.empty_gradient(*shape), context.empty_gradient(*shape)
             for i in body:
-                self._layer(weights.layers[i], tape.layers[i], queries, dx, grad_out, dq, reader)
+                self._layer(
+                    weights.layers[i].whole(), tape.layers[i], queries, dx, grad_out, dq, reader
+                )
         self._at_leaf(dx)
         return self.backward.rows
 

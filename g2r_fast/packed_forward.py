@@ -52,8 +52,8 @@ class PackedForward:
             if 0 < i == self.leaf:
                 leaf = x[context.saved_rows]
             if i + 1 < len(layers):
-                tapes.append(self._layer(layer, x, queries))
-        x, tape = self._last_layer(layers[-1], x)
+                tapes.append(self._layer(layer.whole(), x, queries))
+        x, tape = self._last_layer(layers[-1].whole(), x)
         normed = context.empty(*x.shape)
         norm = NormTape(normed, ops.rms_norm(x, self.weights.eps, normed))
         return Tape(context, [*tapes, tape], norm, leaf)

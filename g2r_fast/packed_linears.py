@@ -30,8 +30,8 @@ class LinearReader:
     ) -> None:
         self.context = context
         self.signal = signal
-        self._every = _on(every, context.device)
-        self._rows = _on(reads, context.device)
+        self._every = every.to(context.device)
+        self._rows = reads.to(context.device)
         self._mlp: MlpGrads | None = None
         self._qkv: QkvGrads | None = None
 
@@ -97,9 +97,3 @@ class LinearReader:
     ) -> None:
         outputs = {f"{layer.name}.{name}": len(of.weight) for name, of in linears.items()}
         self.signal.on_linear(outputs, inputs, grads.to(inputs.dtype), self._rows)
-
-
-def _on(rows: LinearRows, device: torch.device) -> LinearRows:
-    return LinearRows(
-        rows.lanes, rows.offsets, rows.kept.to(device), rows.rows.to(device), rows.exponents
-    )

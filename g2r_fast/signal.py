@@ -14,7 +14,7 @@ of a model's modules are norms and never asks `on_scale`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,7 +60,10 @@ class LinearRows:
     offsets: tuple[int, ...]  # [len(lanes) + 1], ascending from 0
     kept: torch.Tensor  # [entries] int32
     rows: torch.Tensor  # [entries] int32
-    exponents: tuple[int, ...]  # all 0 but in float16 on a GPU
+    exponents: tuple[int, ...]  # all 0 but in float16
+
+    def to(self, device: torch.device) -> LinearRows:
+        return replace(self, kept=self.kept.to(device), rows=self.rows.to(device))
 
 
 class Signal(Protocol):

@@ -15,6 +15,7 @@ import torch
 
 from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
+from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
 from g2r_fast.kernels.rms_norm import rms_norm
@@ -99,7 +100,6 @@ def mlp_forward(
     eps: float,
     activation: str,
 ) -> None:
-    assert mlp.activation is None, "backends.py declines signals that read linear layers"
     index = rows.index_on(x.device)
     for at in _chunks(len(x), len(layer.gate.weight), attended.element_size()):
         delta = _product(attended[at].flatten(1), layer.o.weight, layer.o.bias)
@@ -108,7 +108,7 @@ def mlp_forward(
         del delta
         act = _product(h, layer.gate.weight, layer.gate.bias)
         up = _product(h, layer.up.weight, layer.up.bias)
-        gated(act, up, index[at], act, mlp.d_gate, mlp.d_up, activation=activation)
+        gated(act, up, index[at], act, mlp.d_gate, mlp.d_up, mlp.activation, activation=activation)
         x[at].add_(_product(act, layer.down.weight, layer.down.bias))
 
 
@@ -122,7 +122,6 @@ def mlp_backward(
     *,
     shown: MlpGrads | None,
 ) -> None:
-    assert shown is None, "backends.py declines signals that read linear layers"
     storage = norm.normed.dtype
     index = rows.index_on(dx.device)
     width = len(layer.gate.weight)
@@ -134,9 +133,14 @@ def mlp_backward(
         # For float32 this is dx itself, as is what comes back rounded.
         narrow, factor = _operand(grad, storage)
         act = narrow @ layer.down.weight
-        grads = act.new_empty(len(act), 2, width)
+        if shown is not None and factor is None:
+            grads = shown.gate_up[at].view(-1, 2, width)
+        else:
+            grads = act.new_empty(len(act), 2, width)
         gated_backward(act, index[at], mlp.d_gate, mlp.d_up, grads)
         del act
+        if shown is not None and factor is not None:
+            torch.mul(grads.flatten(1), factor, out=shown.gate_up[at])
         if joined is not None:
             dh = _wide_product(grads.flatten(1), joined)
         else:
@@ -145,6 +149,8 @@ def mlp_backward(
         del grads
         if factor is not None:
             dh.mul_(factor)
+        if shown is not None:
+            torch.mul(dh, norm.normed[index[at]], out=shown.norm[at])
         rounded = narrow if narrow is not grad and factor is None else None
         rms_norm_backward(dh, layer.post_norm, index[at], norm.normed, norm.rstd, grad, rounded)
         del dh
@@ -168,7 +174,6 @@ def qkv_backward(
     scaling: float,
     shown: QkvGrads | None,
 ) -> None:
-    assert shown is None, "backends.py declines signals that read linear layers"
     storage = norm.normed.dtype
     sent = [
         linear for linear, out in ((layer.q, dq), (layer.k, dk), (layer.v, dv)) if out is not None
@@ -181,7 +186,10 @@ def qkv_backward(
     for at in _chunks(len(dx), max(dx.shape[1], len(weight)), norm.normed.element_size()):
         grad = dx[at]
         kind = torch.float32 if storage == torch.float16 else storage
-        source = grad.new_empty(len(grad), len(weight), dtype=kind)
+        if shown is not None and kind == storage:
+            source = shown.projected[at]
+        else:
+            source = grad.new_empty(len(grad), len(weight), dtype=kind)
         heads_backward(
             cos,
             sin,
@@ -194,10 +202,17 @@ def qkv_backward(
             k_norm=_head_norm(layer.k_norm, k_norm),
             scaling=scaling,
         )
+        if shown is not None:
+            if kind != storage:
+                shown.projected[at].copy_(source)
+            _show_head_norm(shown.q_norm, dq, q_norm, rotary, index, at, scaling)
+            _show_head_norm(shown.k_norm, dk, k_norm, rotary, index, at, 1.0)
         source, factor = _operand(source, storage)
         dh = _wide_product(source, weight)
         if factor is not None:
             dh.mul_(factor)
+        if shown is not None:
+            torch.mul(dh, norm.normed[index[at]], out=shown.norm[at])
         rms_norm_backward(dh, layer.input_norm, index[at], norm.normed, norm.rstd, grad)
 
 
@@ -271,6 +286,21 @@ def _head_norm(
     if weight is None or tape is None:
         return None
     return weight, tape.normed, tape.rstd
+
+
+def _show_head_norm(
+    out: torch.Tensor | None,  # [B, D]
+    grad: torch.Tensor | None,  # [B, heads, D], of the rotated heads
+    tape: NormTape | None,
+    rotary: Rotary,
+    index: torch.Tensor,
+    at: slice,
+    scaling: float,
+) -> None:
+    """Some rows of `out`, gradient of the norm's output * `normed` summed over the heads."""
+    if out is None or grad is None or tape is None:
+        return
+    head_norm_products(grad[at], *rotary, index[at], tape.normed, out[at], scaling=scaling)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

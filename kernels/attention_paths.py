@@ -127,7 +127,8 @@ if triton is not None:
     @triton.jit
     def added_product(a, b, total, PRODUCTS: tl.constexpr):  # type: ignore[no-untyped-def]
         """`total + a @ b`, a rounded to b's dtype first."""
-        a = rounded(a, b.dtype, PRODUCTS)
+        if a.dtype != b.dtype:
+            a = rounded(a, b.dtype, PRODUCTS)
         if PRODUCTS == "wide":
             return tl.dot(widened(a, PRODUCTS), widened(b, PRODUCTS), total, input_precision="ieee")
         elif PRODUCTS == "ieee":

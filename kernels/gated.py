@@ -2,9 +2,11 @@
 
     out = act(gate) * up                                # silu, gelu or gelu_tanh, in float32
     d_gate[index] = act'(gate) * up; d_up[index] = act(gate)        # where index >= 0
+    kept_out[index] = out                                           # if wanted
 
 The derivatives are what a backward needs, so it evaluates no exponential. Cost per row of I, with
-two-byte storage: 6I bytes, 4I more where it is kept; memory bandwidth is the bound.
+two-byte storage: 6I bytes, 4I more where it is kept, 6I with `kept_out`; memory bandwidth is the
+bound.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ if triton is not None:
         out_ptr,
         d_gate_ptr,
         d_up_ptr,
+        kept_out_ptr,
         ACTIVATION: tl.constexpr,
+        KEEP_OUT: tl.constexpr,
         I: tl.constexpr,  # noqa: E741
         STEPS: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -66,11 +70,14 @@ if triton is not None:
             inner = 1.5957691216057308 * x * (1.0 + 3 * 0.044715 * square)
             slope = share + inner * (share * (1.0 - share))
         act = x * share
-        tl.store(out_ptr + at, (act * up).to(out_ptr.dtype.element_ty), mask=mask)
+        out = (act * up).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=mask)
         kept = columns < tl.where(saved >= 0, I, 0)
         kept_at = saved * I + columns
         tl.store(d_gate_ptr + kept_at, (slope * up).to(out_ptr.dtype.element_ty), mask=kept)
         tl.store(d_up_ptr + kept_at, act.to(out_ptr.dtype.element_ty), mask=kept)
+        if KEEP_OUT:
+            tl.store(kept_out_ptr + kept_at, out, mask=kept)
 
 
 def gated(
@@ -80,6 +87,7 @@ def gated(
     out: torch.Tensor,
     d_gate: torch.Tensor,
     d_up: torch.Tensor,
+    kept_out: torch.Tensor | None = None,
     *,
     activation: str = "silu",
 ) -> None:
@@ -93,6 +101,7 @@ def gated(
         out: [R, I]; may be ``gate`` or ``up``.
         d_gate: [kept, I], written at ``index``.
         d_up: [kept, I], written at ``index``.
+        kept_out: [kept, I], written at ``index`` too: ``out``; or None.
         activation: "silu", "gelu" or "gelu_tanh".
 
     Everything is contiguous and computed in float32.
@@ -104,13 +113,16 @@ def gated(
     require_triton(triton, "gated")
     if activation not in ACTIVATIONS:
         raise InputError("unknown activation", expected=" | ".join(ACTIVATIONS), got=activation)
+    keep_out = kept_out is not None
+    kept_out = d_up if kept_out is None else kept_out
     check_dense(gate.dtype, gate, gate=gate, up=up, out=out, d_gate=d_gate, d_up=d_up)
+    check_dense(gate.dtype, gate, kept_out=kept_out)
     check_vector("index", index, (torch.int32,), gate)
     check_shapes((-1, -1), gate=gate)
     rows, width = gate.shape
     check_shapes((rows, width), up=up, out=out)
     check_shapes((-1, width), d_gate=d_gate)
-    check_shapes(tuple(d_gate.shape), d_up=d_up)
+    check_shapes(tuple(d_gate.shape), d_up=d_up, kept_out=kept_out)
     steps = (width + BLOCK - 1) // BLOCK
     if rows:
         _gated_kernel[(rows * steps,)](
@@ -120,7 +132,9 @@ def gated(
             out,
             d_gate,
             d_up,
+            kept_out,
             ACTIVATION=activation,
+            KEEP_OUT=keep_out,
             I=width,
             STEPS=steps,
             BLOCK=BLOCK,
@@ -132,7 +146,7 @@ def compile_cases() -> list[CompileCase]:
     """Every activation and storage dtype; rows of whole vectors and others."""
     return [
         CompileCase(
-            name=f"gated {activation} {dtype}{' aligned' if aligned else ''}",
+            name=f"gated {activation}{' keep' * keep} {dtype}{' aligned' * aligned}",
             kernel=_gated_kernel,
             signature={
                 "gate_ptr": f"*{dtype}",
@@ -141,9 +155,11 @@ def compile_cases() -> list[CompileCase]:
                 "out_ptr": f"*{dtype}",
                 "d_gate_ptr": f"*{dtype}",
                 "d_up_ptr": f"*{dtype}",
+                "kept_out_ptr": f"*{dtype}",
             },
             constants={
                 "ACTIVATION": activation,
+                "KEEP_OUT": keep,
                 "I": width,
                 "STEPS": (width + BLOCK - 1) // BLOCK,
                 "BLOCK": BLOCK,
@@ -152,6 +168,7 @@ def compile_cases() -> list[CompileCase]:
             aligned=aligned,
         )
         for activation in ACTIVATIONS
+        for keep in (False, True)
         for dtype in TRITON_DTYPES.values()
         for width, aligned in ((8960, True), (1037, False))
     ]

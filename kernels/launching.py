@@ -16,6 +16,7 @@ from g2r_fast.errors import InputError, InputTypeError
 __all__ = [
     "TRITON_DTYPES",
     "CompileCase",
+    "check_device",
     "check_rows",
     "check_vector",
     "is_interpreted",
@@ -87,7 +88,7 @@ def check_rows(name: str, rows: torch.Tensor, like: torch.Tensor) -> None:
             got=f"stride {rows.stride(1)}",
             fix="Call .contiguous().",
         )
-    _check_device(name, rows, like)
+    check_device(name, rows, like)
 
 
 def check_vector(
@@ -106,10 +107,11 @@ def check_vector(
             expected=f"shape ({like.shape[0]},)",
             got=f"shape {tuple(vector.shape)}, stride {vector.stride()}",
         )
-    _check_device(name, vector, like)
+    check_device(name, vector, like)
 
 
-def _check_device(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+def check_device(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """On the device of ``like``, where kernels run."""
     import triton
 
     if tensor.device != like.device:

@@ -43,7 +43,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scattered": ("model.norm.weight", "lm_head.weight")},
         "the weight model.norm.weight is not contiguous in memory (and 1 more)",
     ),
-    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
 
@@ -121,7 +120,6 @@ REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
         "head_dim 192 is not even and at most 128",
     ),
     "wide": ({"hidden": 16400}, "hidden size 16400 is above 16384"),
-    "linears": ({"reads_linears": True}, "the signal reads linear layers"),
 }
 
 
@@ -301,7 +299,6 @@ def test_a_model_is_asked_for_everything(monkeypatch: pytest.MonkeyPatch) -> Non
     model = tiny_model("llama", hidden_size=64, head_dim=16)
     decoder = FrozenDecoder(model)
     assert decoder.backend().name == "native"
-    assert decoder.backend(reads_linears=True).refused["native"] == REFUSED["linears"][1]
     up = model.model.layers[1].mlp.up_proj.weight
     up.data = up.data.mT.contiguous().mT
     told = FrozenDecoder(model).backend().refused["native"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_scores import (
+    FLOAT32,
     bfloat16_wrong,
     float32_wrong,
     many_sequences,
@@ -26,9 +27,10 @@ from patterns import PATTERNS, Batch, group
 from tiny_models import FAMILIES, VARIANTS, random_ids, tiny_model, tiny_variant
 from torch import Tensor
 
-from g2r_fast import cuda_attention, native_ops
+from g2r_fast import cuda_attention, native_ops, triton_norms
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.plan import PackedPlan, PackedSequence
+from g2r_fast.vigor import gradient_norms
 
 pytest.importorskip("triton")
 
@@ -144,6 +146,88 @@ def test_any_reads_and_any_leaf(reads: tuple[int, ...], monkeypatch: pytest.Monk
         ours = [x.cpu() for x in ours]
         size = [float(x.norm()) for x in exact]
         assert float32_wrong(ours, loop, exact, size) is None, ("values", "grads")[which]
+
+
+def whole(batch: Batch) -> Batch:
+    """The same, but everything comes back, from the first token on."""
+    return Batch(batch.input_ids, [(0, len(ids)) for ids in batch.input_ids], batch.target_ids)
+
+
+# With biases; with norms of heads; with a window; a head that is the embedding.
+READ = ("qwen2", "qwen3", "llama-biases", "qwen2-window-on-upper-layers", "llama-tied")
+
+
+@pytest.mark.parametrize("variant", READ)
+def test_linear_layers_are_shown_what_their_gradients_need(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = whole(some())
+    found = record(tiny_variant(variant, **LAYERS).to(DEVICE), batch, reads_linears=True)
+    monkeypatch.setenv("G2R_BACKEND", "reference")
+    wide = tiny_variant(variant, dtype=torch.float64, **LAYERS)
+    truth = record(wide, batch, reads_linears=True)
+    assert found.weight_grads.keys() == truth.weight_grads.keys()
+    for key, exact in truth.weight_grads.items():
+        grad = found.weight_grads[key].cpu().double()
+        assert float((grad - exact).norm()) <= FLOAT32 * float(exact.norm()), key
+
+
+def norms(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch, backend: str) -> Tensor:
+    """Of the gradient of the mean negative log-likelihood, over all parameters."""
+    monkeypatch.setenv("G2R_BACKEND", backend)
+    there = copy.deepcopy(model).to(DEVICE if backend == "triton" else "cpu")
+    split = [(ids[:start], ids[start:]) for ids, (start, _), _ in batch.rows]
+    prompts, completions = map(list, zip(*split, strict=True))
+    found = gradient_norms(there, prompts, completions, parameters="all", engine="packed")
+    return found.cpu().double()
+
+
+def worst_of_norms(found: Tensor, truth: Tensor) -> float:
+    return float(((found - truth).abs() / truth).max())
+
+
+@pytest.mark.parametrize("variant", READ)
+def test_gradient_norms_in_float32(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_variant(variant, **LAYERS), some()
+    truth = norms(copy.deepcopy(model).double(), batch, monkeypatch, "reference")
+    assert worst_of_norms(norms(model, batch, monkeypatch, "triton"), truth) <= FLOAT32
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_gradient_norms_in_half_precision(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 rounds eight times as finely as bfloat16, and its small gradients may not vanish."""
+    batch = some()
+    half, coarse = (
+        tiny_variant(variant, dtype=d, **LAYERS) for d in (torch.float16, torch.bfloat16)
+    )
+    exact = [
+        norms(copy.deepcopy(model).double(), batch, monkeypatch, "reference")
+        for model in (half, coarse)
+    ]
+    limit = worst_of_norms(norms(coarse, batch, monkeypatch, "reference"), exact[1])
+    assert worst_of_norms(norms(half, batch, monkeypatch, "triton"), exact[0]) <= limit / 2
+    if ON_GPU:  # the interpreter truncates to bfloat16
+        assert worst_of_norms(norms(coarse, batch, monkeypatch, "triton"), exact[1]) <= 2 * limit
+
+
+@pytest.mark.parametrize("op", ["squared_gradient_norms", "squared_row_sums"])
+def test_norms_come_from_the_kernels_and_0_1_percent_would_show(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_variant("qwen2", **LAYERS), some()
+    right = norms(model, batch, monkeypatch, "triton")
+    original, asked = getattr(triton_norms, op), []
+
+    def planted(*arguments: Any) -> Tensor:
+        asked.append(arguments)
+        return original(*arguments) * 1.002
+
+    monkeypatch.setattr(triton_norms, op, planted)
+    wrong = norms(model, batch, monkeypatch, "triton")
+    assert asked and worst_of_norms(wrong, right) > FLOAT32
+    asked.clear()
+    norms(model, batch, monkeypatch, "reference")
+    assert not asked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

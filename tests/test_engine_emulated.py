@@ -46,7 +46,7 @@ def test_the_engine_gives_the_references_answers(
     stock loop has in bfloat16, which rounds eight times as coarsely."""
     monkeypatch.setenv("G2R_BACKEND", "triton")
     backend = Backend("native", "emulated", {}, on_gpu=True)
-    monkeypatch.setattr(FrozenDecoder, "backend", lambda self, reads_linears=False: backend)
+    monkeypatch.setattr(FrozenDecoder, "backend", lambda self: backend)
     rows = [group().rows[i] for i in (0, 1, 3, 4)]
     batch = Batch(*map(list, zip(*rows, strict=True)))
     half, coarse = (tiny_model(family, dtype=d, **SIZES) for d in (torch.float16, torch.bfloat16))

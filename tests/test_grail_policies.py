@@ -27,13 +27,12 @@ def with_adapters() -> Any:
 
 
 @pytest.mark.parametrize("leaf", [0, 1])
-@pytest.mark.filterwarnings("ignore:g2r_fast uses the slower:UserWarning")
 def test_adapters_that_are_on(leaf: int, ran: list[Ran]) -> None:
     policy, rows = with_adapters(), spans_of_every_kind()
     found = saliencies(policy, rows, "auto", leaf=leaf)
     assert worst(found, stock_saliencies(policy, rows, leaf=leaf)) <= STOCK
     assert worst(found, stock_saliencies(tiny_model("qwen2"), rows, leaf=leaf)) > 0.01
-    assert ran[0].done.backend == "transformers"
+    assert ran[0].done.backend != "transformers"
 
 
 def test_merged_adapters_run_on_the_packed_engine(ran: list[Ran]) -> None:

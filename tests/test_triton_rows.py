@@ -18,12 +18,14 @@ pytest.importorskip("triton", reason="the kernels need triton, which is not inst
 
 from g2r_fast.kernels import gated as gated_module
 from g2r_fast.kernels import gated_backward as gated_backward_module
+from g2r_fast.kernels import head_norm_products as head_norm_products_module
 from g2r_fast.kernels import heads as heads_module
 from g2r_fast.kernels import heads_backward as heads_backward_module
 from g2r_fast.kernels import rms_norm as rms_norm_module
 from g2r_fast.kernels import rms_norm_backward as rms_norm_backward_module
 from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
+from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
 from g2r_fast.kernels.rms_norm import WIDEST, rms_norm
@@ -170,10 +172,11 @@ PLANTED = [
 WITNESSES = [
     "rms_norm 1100 add",
     "rms_norm_backward 1100 rounded",
-    "gated 1037 silu",
+    "gated 1037 silu keep",
     "gated_backward 1037",
     "heads (3, 1, 1) 16 norm",
     "heads_backward (3, 1, 1) 16 norm",
+    "products of heads 3 14",
 ]
 
 
@@ -201,7 +204,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_a_gate_may_be_overwritten():
-    case = CASES["gated 1037 silu"]("random", torch.float32)
+    case = CASES["gated 1037 silu keep"]("random", torch.float32)
     expected = run(case)
     gate = case.inputs["gate"].clone()
     d_gate, d_up = (torch.empty_like(expected[name]) for name in ("d_gate", "d_up"))
@@ -223,6 +226,8 @@ def test_no_rows():
     heads_backward(
         kept[:, :4].contiguous(), kept[:, :4].contiguous(), index, nothing, dq=nothing[:, None]
     )
+    four = kept[:, :4].contiguous()
+    head_norm_products(nothing[:, None], four, four, index, kept[:, None], nothing)
     assert kept.eq(1).all()
 
 
@@ -244,8 +249,21 @@ W, RSTD, INDEX = X[0], torch.ones(2, device=DEVICE), index_of([0, 1])
         (lambda: rms_norm_module.row_config(WIDEST + 1), InputError, "unusable width"),
         (lambda: gated(X, X, INDEX, X, X, X, activation="relu"), InputError, "unknown activation"),
         (lambda: gated(X, X[:1], INDEX, X, X, X), InputError, "up has another shape"),
+        (lambda: gated(X, X, INDEX, X, X, X, X[:1]), InputError, "kept_out has another shape"),
         (lambda: gated_backward(X, INDEX, X, X, X), InputError, "out has another shape"),
         (lambda: heads(X, X, X, INDEX, q=X[:, None]), InputError, "q has another shape"),
+        (
+            lambda: head_norm_products(X[:, None], X, X, INDEX, X[:, None], X),
+            InputError,
+            "cos has another shape",
+        ),
+        (
+            lambda: head_norm_products(
+                X[:, None], X.view(4, 4), X.view(4, 4), INDEX, X[:, None], X
+            ),
+            InputError,
+            "normed has another shape",
+        ),
         (
             lambda: heads(
                 X, X[:, :2].contiguous(), X[:, :2].contiguous(), INDEX, q=X.view(2, 1, 8)
@@ -275,6 +293,7 @@ def test_every_kernel_file_lists_what_it_ships():
         gated_backward_module,
         heads_module,
         heads_backward_module,
+        head_norm_products_module,
     ]
     names = [case.name for module in modules for case in module.compile_cases()]
     assert len(names) == len(set(names)) > 100

@@ -20,7 +20,7 @@ from g2r_fast.eager import stages as eager_stages
 from g2r_fast.families import LayerWeights, Linear
 from g2r_fast.reference import relative_error
 from g2r_fast.tables import Piece, RowMap
-from g2r_fast.tape import MlpTape, NormTape
+from g2r_fast.tape import MlpGrads, MlpTape, NormTape, QkvGrads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, M, A, V, D = 37, 53, 4, 2, 14  # hidden, intermediate, heads, kv heads, head_dim
@@ -158,13 +158,13 @@ def test_qkv_forward(dtype: torch.dtype, bias: bool, norms: bool, asked: str) ->
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "keep"), [(True, False), (False, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp_forward(dtype: torch.dtype, bias: bool, activation: str) -> None:
+def test_mlp_forward(dtype: torch.dtype, bias: bool, keep: bool, activation: str) -> None:
     draw = Draw(dtype)
     layer, x, attended = layer_of(draw, bias, False), draw(ROWS, H).float(), draw(ROWS, A, D)
     norm = empty_norm(dtype, KEPT, H)
-    mlp = MlpTape(empty(KEPT, M, dtype=dtype), empty(KEPT, M, dtype=dtype))
+    mlp = MlpTape(*(empty(KEPT, M, dtype=dtype) for _ in range(3 if keep else 2)))
     expected = double((x, norm, mlp))
     options = {"eps": EPS, "activation": activation}
     eager_stages.mlp_forward(
@@ -179,27 +179,34 @@ def saved_norm(draw: Draw, *shape: int) -> NormTape:
     return NormTape(draw(*shape), rstd)
 
 
+@pytest.mark.parametrize("reads", [False, True])  # whether linear layers are read
 @pytest.mark.parametrize("width", [M, 4096])  # one product, two products
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp_backward(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlp_backward(
+    dtype: torch.dtype, width: int, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_stages, "_WIDE", 0 if width > M else 4096)
     draw = Draw(dtype)
     layer, dx = layer_of(draw, True, False), draw(COTANGENTS, H, dtype=torch.float32)
     norm, mlp = saved_norm(draw, KEPT, H), MlpTape(draw(KEPT, M), draw(KEPT, M))
     grad_attended = empty(COTANGENTS, A, D, dtype=dtype)
-    expected = double((dx, grad_attended))
+    shown = None
+    if reads:
+        made = empty(COTANGENTS, 2 * M, dtype=dtype), empty(COTANGENTS, H, dtype=torch.float32)
+        shown = MlpGrads(*made)
+    expected = double((dx, grad_attended, shown))
     eager_stages.mlp_backward(
         double(layer), expected[0], BACKWARD, double(norm), double(mlp), expected[1],
-        shown=None,
+        shown=expected[2],
     )  # fmt: skip
-    triton_stages.mlp_backward(layer, dx, BACKWARD, norm, mlp, grad_attended, shown=None)
-    assert_close((dx, grad_attended), expected, dtype)
+    triton_stages.mlp_backward(layer, dx, BACKWARD, norm, mlp, grad_attended, shown=shown)
+    assert_close((dx, grad_attended, shown), expected, dtype)
 
 
 @pytest.mark.parametrize("sent", ["qkv", "kv", "q"])
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("norms", "reads"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_qkv_backward(dtype: torch.dtype, norms: bool, sent: str) -> None:
+def test_qkv_backward(dtype: torch.dtype, norms: bool, reads: bool, sent: str) -> None:
     draw = Draw(dtype)
     layer, dx = layer_of(draw, True, norms), draw(COTANGENTS, H, dtype=torch.float32)
     given = {
@@ -213,15 +220,24 @@ def test_qkv_backward(dtype: torch.dtype, norms: bool, sent: str) -> None:
         for n, c in (("q", A), ("k", V))
     }
     norm, rotary = saved_norm(draw, KEPT, H), tables(draw, KEPT)
-    expected = dx.double()
+    shown = None
+    if reads:
+        width = sum(D * heads for n, heads in (("q", A), ("k", V), ("v", V)) if n in sent)
+        wide = {"dtype": torch.float32}
+        shown = QkvGrads(
+            empty(COTANGENTS, width, dtype=dtype),
+            empty(COTANGENTS, H, **wide),
+            *(empty(COTANGENTS, D, **wide) if n in sent else None for n in "qk"),
+        )
+    expected = double((dx, shown))
     eager_stages.qkv_backward(
-        double(layer), expected, BACKWARD, double(norm), double(rotary),
-        **double(given), scaling=SCALING, shown=None,
+        double(layer), expected[0], BACKWARD, double(norm), double(rotary),
+        **double(given), scaling=SCALING, shown=expected[1],
     )  # fmt: skip
     triton_stages.qkv_backward(
-        layer, dx, BACKWARD, norm, rotary, **given, scaling=SCALING, shown=None
+        layer, dx, BACKWARD, norm, rotary, **given, scaling=SCALING, shown=shown
     )
-    assert_close(dx, expected, dtype)
+    assert_close((dx, shown), expected, dtype)
 
 
 def test_small_gradients_do_not_vanish_in_float16() -> None:

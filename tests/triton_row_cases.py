@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from g2r_fast.kernels.gated import ACTIVATIONS, gated
+from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
+from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
 from g2r_fast.kernels.rms_norm import rms_norm
@@ -182,7 +183,7 @@ def activated(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     return x * share, share + x * slope * (1 - torch.tanh(inner).square()) / 2, torch.ones_like(x)
 
 
-def gated_case(width: int, activation: str) -> Make:
+def gated_case(width: int, activation: str, keep_out: bool = False) -> Make:
     def make(kind: str, dtype: torch.dtype) -> Case:
         draw, index = Draw(kind, width), index_of(FORWARD)
         rows = len(index)
@@ -202,23 +203,20 @@ def gated_case(width: int, activation: str) -> Make:
         def call(out: dict[str, Tensor], **inputs: Tensor) -> None:
             gated(
                 inputs["gate"], inputs["up"], inputs["index"], out["out"], out["d_gate"],
-                out["d_up"], activation=activation,
+                out["d_up"], out.get("kept_out"), activation=activation,
             )  # fmt: skip
 
-        return Case(
-            call,
-            {"gate": gate, "up": up, "index": index},
-            {
-                "out": empty(dtype, rows, width),
-                "d_gate": empty(dtype, KEPT, width),
-                "d_up": empty(dtype, KEPT, width),
-            },
-            sized(
-                out=(act * u, size * (x * u).abs()),
-                d_gate=(keep(slope * u), keep(size * (1 + x.abs()) * u.abs())),
-                d_up=(keep(act), keep(size * x.abs())),
-            ),
-        )
+        outputs = {"out": empty(dtype, rows, width)}
+        names = ("d_gate", "d_up", *["kept_out"] * keep_out)
+        outputs |= {name: empty(dtype, KEPT, width) for name in names}
+        truth = {
+            "out": (act * u, size * (x * u).abs()),
+            "d_gate": (keep(slope * u), keep(size * (1 + x.abs()) * u.abs())),
+            "d_up": (keep(act), keep(size * x.abs())),
+        }
+        truth["kept_out"] = tuple(keep(part) for part in truth["out"])
+        inputs = {"gate": gate, "up": up, "index": index}
+        return Case(call, inputs, outputs, {name: truth[name] for name in outputs})
 
     return make
 
@@ -371,6 +369,33 @@ def heads_backward_case(counts: tuple[int, int, int], d: int, norm: bool) -> Mak
     return make
 
 
+def head_products_case(count: int, d: int) -> Make:
+    def make(kind: str, dtype: torch.dtype) -> Case:
+        draw, index = Draw(kind, d), index_of(BACKWARD)
+        rows, scaling, saved = len(index), 2.0, index.long()
+        if draw.exact:
+            cos, sin = (draw.integers(-1, 1, KEPT, d // 2).float() for _ in range(2))
+        else:
+            cos, sin = (draw.values(torch.float32, KEPT, d // 2) for _ in range(2))
+        grad = draw.values(dtype, rows, count, d, scale=0.02)
+        normed = draw.values(dtype, KEPT, count, d)
+        n = normed.double()[saved] * scaling
+        g = turned(grad.double(), cos[saved], -sin[saved])
+        size = turned_size(grad.double(), cos[saved], sin[saved])
+
+        def call(out: dict[str, Tensor], **inputs: Tensor) -> None:
+            head_norm_products(*inputs.values(), out["out"], scaling=scaling)
+
+        return Case(
+            call,
+            {"dq": grad, "cos": cos, "sin": sin, "index": index, "normed": normed},
+            {"out": empty(torch.float32, rows, d)},
+            sized(out=((g * n).sum(1), (size * n.abs()).sum(1))),
+        )
+
+    return make
+
+
 # Rows of one column; of less than a program's; a program's; a row each; not whole vectors.
 CASES: dict[str, Make] = {
     **{f"rms_norm {w}{' add' * a}": rms_norm_case(w, a) for w in (1, 48, 1100) for a in (0, 1)},
@@ -379,8 +404,17 @@ CASES: dict[str, Make] = {
         for w in (1, 48, 1100)
         for r in (0, 1)
     },
-    **{f"gated {w} {a}": gated_case(w, a) for w in (1, 1037) for a in ACTIVATIONS},
+    **{
+        f"gated {w} {a}{' keep' * keep}": gated_case(w, a, bool(keep))
+        for w in (1, 1037)
+        for a, keep in (("silu", 0), ("silu", 1), ("gelu", 0), ("gelu_tanh", 1))
+    },
     **{f"gated_backward {w}": gated_backward_case(w) for w in (1, 1024, 1037)},
+    # One head; not whole vectors; more heads than a step takes.
+    **{
+        f"products of heads {n} {d}": head_products_case(n, d)
+        for n, d in ((1, 2), (3, 14), (5, 256))
+    },
     # All of it; what a last layer asks for; more heads than a program takes.
     **{
         f"{name} {counts} {d}{' norm' * norm}": case(counts, d, bool(norm))
