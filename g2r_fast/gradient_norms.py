@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import LowRank, low_rank
+from .adapters import LowRank, low_rank, named_modules, plain
 from .errors import InputError
 from .grad2reward import check_finite
 from .ops import squared_gradient_norms, squared_row_sums
@@ -41,21 +41,41 @@ class Parameters:
     @classmethod
     def of(cls, policy: nn.Module, which: str) -> Parameters:
         """`"trainable"`: what requires a gradient; `"all"`; `"lm_head"`: the head's weight, in its
-        role as the head. Raises InputError for another name, and where nothing is left."""
-        if which not in PARAMETERS:
+        role as the head. Adapters that are off or merged compute nothing and do not count. Raises
+        InputError for another name, where nothing is left, and for weights without gradients."""
+        if not isinstance(which, str) or which not in PARAMETERS:
             raise InputError(
                 "unknown parameters", expected=" | ".join(map(repr, PARAMETERS)), got=repr(which)
             )
         if which == "lm_head":
-            return cls(frozenset({id(policy.get_output_embeddings().weight)}), True)  # type: ignore[operator]
-        chosen = [p for p in policy.parameters() if which == "all" or p.requires_grad]
+            head: Any = plain(policy.get_output_embeddings())  # type: ignore[operator]
+            chosen = {"lm_head.weight": head.weight}
+        else:
+            chosen = {
+                f"{name}.{own}": parameter
+                for name, module in named_modules(policy)
+                for own, parameter in module.named_parameters(recurse=False)
+                if which == "all" or parameter.requires_grad
+            }
         if not chosen:
+            idle = any(parameter.requires_grad for parameter in policy.parameters())
             raise InputError(
                 "the policy has no trainable parameters",
                 expected="some parameter with requires_grad",
-                fix='Say parameters="all", or requires_grad_(True) where a trainer would.',
+                got="adapters that are off or merged into the weights" if idle else None,
+                fix="Switch the adapters on and unmerge them, as they are in training."
+                if idle
+                else 'Say parameters="all", or requires_grad_(True) where a trainer would.',
             )
-        return cls(frozenset(map(id, chosen)), False)
+        for name, parameter in chosen.items():
+            if not parameter.is_floating_point():
+                raise InputError(
+                    "a parameter can have no gradient",
+                    expected="floating-point weights",
+                    got=f"{name} of {parameter.dtype}",
+                    fix='Say parameters="trainable".',
+                )
+        return cls(frozenset(map(id, chosen.values())), which == "lm_head")
 
     def __contains__(self, parameter: nn.Parameter | None) -> bool:
         return parameter is not None and id(parameter) in self.wanted
@@ -80,11 +100,12 @@ class NormSignal:
         self._sequences = sequences
         self._scalar = scalar
         self._parameters = parameters
-        embedding, head = policy.get_input_embeddings(), policy.get_output_embeddings()
-        self._head = next(name for name, module in policy.named_modules() if module is head)
-        reads_embedding = not parameters.head_only and embedding.weight in parameters
-        self._tied = reads_embedding and head.weight is embedding.weight
-        self._padding = embedding.padding_idx if reads_embedding else None
+        embedding = plain(policy.get_input_embeddings())
+        head = plain(policy.get_output_embeddings())
+        self._head = next(name for name, module in named_modules(policy) if module is head)
+        self._reads_embedding = not parameters.head_only and embedding.weight in parameters
+        self._tied = self._reads_embedding and head.weight is embedding.weight
+        self._padding = embedding.padding_idx if self._reads_embedding else None
         device = embedding.weight.device
         self._squares = torch.zeros(len(sequences), dtype=torch.float64, device=device)
         self._factors = torch.ones_like(self._squares)
@@ -92,10 +113,10 @@ class NormSignal:
         self._parts: dict[int, Tensor] = {}
         self._embeddings: dict[int, _EmbeddingGradient] = {}
         self._last_norm = ""
-        self.leaf = self._lowest(reads_embedding)
+        self.leaf = self._lowest()
 
     def norms(self) -> Tensor:
-        """`[N]` float64."""
+        """`[N]` float64; NaN or infinity where a gradient is not finite."""
         return self._squares.clamp(min=0.0).sqrt() * self._factors
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
@@ -117,7 +138,7 @@ class NormSignal:
     def on_linear(
         self, outputs: Mapping[str, int], inputs: Tensor, output_grads: Tensor, rows: LinearRows
     ) -> None:
-        modules = [self._policy.get_submodule(name) for name in outputs]
+        modules = [plain(self._policy.get_submodule(name)) for name in outputs]
         widths = list(outputs.values())
         weights = [module.weight in self._parameters for module in modules]
         biases = [getattr(module, "bias", None) in self._parameters for module in modules]
@@ -134,11 +155,12 @@ class NormSignal:
             for lane, sequence in enumerate(rows.lanes):
                 entries = slice(rows.offsets[lane], rows.offsets[lane + 1])
                 gradient = self._embedding(sequence)
-                columns = output_grads[rows.rows[entries]][:, gradient.ids]
-                gradient.of_head = columns.mT.float() @ inputs[rows.kept[entries]].float()
+                wide = torch.promote_types(inputs.dtype, torch.float32)
+                columns = output_grads[rows.rows[entries, None].long(), gradient.ids].to(wide)
+                gradient.of_head = columns.mT @ inputs[rows.kept[entries]].to(wide)
 
     def on_scale(self, name: str, products: Tensor, rows: LinearRows) -> None:
-        module = self._policy.get_submodule(name)
+        module = plain(self._policy.get_submodule(name))
         if module.weight not in self._parameters:
             return
         if name != self._last_norm:
@@ -154,7 +176,7 @@ class NormSignal:
                 self._parts[sequence] = part
 
     def on_leaf(self, rows: LeafRows, values: Tensor, grads: Tensor) -> None:
-        if self.leaf != 0 or self._policy.get_input_embeddings().weight not in self._parameters:
+        if not self._reads_embedding:
             return
         for lane, sequence in enumerate(rows.lanes):
             gradient = self._embedding(sequence)
@@ -185,13 +207,13 @@ class NormSignal:
             )
         return self._embeddings[sequence]
 
-    def _lowest(self, reads_embedding: bool) -> int | None:
+    def _lowest(self) -> int | None:
         """Where the backward may stop: at the input of the lowest layer that counts."""
         if self._parameters.head_only:
             return None
         layers = self._policy.model.layers
         self._last_norm = f"model.layers.{len(layers) - 1}.input_layernorm"
-        if reads_embedding:
+        if self._reads_embedding:
             return 0
         for index, layer in enumerate(layers):
             if any(p in self._parameters for p in layer.parameters()):

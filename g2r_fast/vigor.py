@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import base_model
+from .adapters import base_model, plain
 from .ambient import plain_torch
 from .checks import (
     at_row,
@@ -21,10 +22,10 @@ from .checks import (
     position_limit,
     token_ids,
 )
-from .engine import choose_engine
+from .engine import Engine, choose_engine
 from .errors import InputError, InputTypeError
 from .fallback import AutogradEngine
-from .gradient_norms import NormSignal, Parameters
+from .gradient_norms import NormSignal, Parameters, Scalar
 from .plan import PackedSequence
 from .rollouts import Rollout, read_rollouts
 from .vigor_loop import loop_norms
@@ -35,6 +36,7 @@ __all__ = ["gradient_norms", "rank_rewards", "scalar_gradient_norms"]
 # from some hundred rows on, and the method promises to stay below one copy of the weights.
 _MEMORY_SHARE = 0.5
 _STRETCH_ELEMENTS = 2**21  # of logits whose softmax is on its way
+_LOWEST_EXPONENT = -100  # 2 ** 100 is a float32
 
 
 def gradient_norms(
@@ -68,21 +70,24 @@ def gradient_norms(
 
     Raises:
         InputError: lengths that differ, empty prompts, ids outside the vocabulary, sequences past
-            the model's positions, no trainable parameter, logits that are not finite.
+            the model's positions, no trainable parameter (adapters that are off or merged do not
+            count), logits or gradients that are not finite.
     """
     rollouts = read_rollouts(policy, prompt_ids, completion_ids)
     sequences = [rollout.sequence(backward_start=0) for rollout in rollouts]
     rows = [i for i, sequence in enumerate(sequences) if sequence is not None]
+    chosen = choose_engine(base_model(policy), engine)
     norms = _norms(
         policy,
         [s for s in sequences if s is not None],
         _MeanNll([rollouts[i] for i in rows]),
         parameters,
-        engine,
+        chosen,
         max_tokens,
     )
-    found = norms.new_zeros(len(rollouts))
-    found[rows] = norms
+    with plain_torch():
+        found = norms.new_zeros(len(rollouts))
+        found[rows] = norms
     return found
 
 
@@ -129,14 +134,19 @@ def scalar_gradient_norms(
             at = range(len(ids or ())) if reads is None else token_ids(reads[row])
             if ids is None or at is None:
                 raise InputTypeError(
-                    "input_ids or reads cannot be read", expected="lists of integers", got=value
+                    f"{'input_ids' if ids is None else 'reads'} cannot be read",
+                    expected="N lists of integers",
+                    got=repr(value if ids is None else reads)[:80],
                 )
             check_vocabulary(ids, vocab_size)
             check_positions(len(ids), limit)
             if not len(at):
                 raise InputError("nothing is read", expected="at least one position")
             sequences.append(PackedSequence(ids, 0, tuple(at), f"row {row}"))
-    return _norms(policy, sequences, _UserScalar(scalar), parameters, engine, max_tokens)
+            if len(sequences[-1].reads) < len(at):
+                raise InputError("a position is read twice", expected="ascending", got=list(at))
+    chosen = choose_engine(base_model(policy), engine)
+    return _norms(policy, sequences, _UserScalar(scalar), parameters, chosen, max_tokens)
 
 
 def rank_rewards(norms: Any, lengths: Sequence[int], group_size: int) -> Tensor:
@@ -155,16 +165,17 @@ def rank_rewards(norms: Any, lengths: Sequence[int], group_size: int) -> Tensor:
         `[N]` float32, on the device of `norms`.
 
     Raises:
-        InputError: lengths that differ, norms that are negative or not finite, lengths below 0,
-            rows that do not divide into groups.
+        InputError: lengths that differ, norms or lengths that are negative or not finite, rows
+            that do not divide into groups.
+        InputTypeError: what is no list of numbers.
     """
-    values = torch.as_tensor(norms).double()
-    counts = torch.as_tensor(lengths, dtype=torch.float64, device=values.device)
-    if values.ndim != 1 or counts.shape != values.shape:
+    values = _numbers("norms", norms, None)
+    counts = _numbers("lengths", lengths, values.device)
+    if counts.shape != values.shape:
         raise InputError(
-            "norms and lengths do not match",
-            expected="N numbers each",
-            got=f"shapes {tuple(values.shape)} and {tuple(counts.shape)}",
+            "arguments differ in length",
+            expected=f"{len(values)} rows, as many as norms",
+            got=f"lengths with {len(counts)}",
         )
     check_group_size(len(values), group_size)
     for name, numbers in (("a norm", values), ("a length", counts)):
@@ -172,8 +183,20 @@ def rank_rewards(norms: Any, lengths: Sequence[int], group_size: int) -> Tensor:
         if len(odd):
             index = int(odd[0])
             raise InputError(
-                f"{name} is not a finite number >= 0", got=float(numbers[index]), index=index
+                f"{name} is not a finite number >= 0",
+                expected="what gradient_norms returns, and counts of tokens",
+                got=float(numbers[index]),
+                index=index,
             )
+    halves = (counts != counts.floor()).nonzero()
+    if len(halves):
+        index = int(halves[0])
+        raise InputError(
+            "a length is no whole number",
+            expected="counts of tokens",
+            got=float(counts[index]),
+            index=index,
+        )
     if group_size == 1:
         return torch.zeros_like(values, dtype=torch.float32)
     scores = torch.where(counts > 0, -counts.sqrt() * values, -torch.inf).view(-1, group_size)
@@ -183,34 +206,52 @@ def rank_rewards(norms: Any, lengths: Sequence[int], group_size: int) -> Tensor:
     return (2.0 * ranks.flatten() / (group_size - 1) - 1.0).float()
 
 
+def _numbers(name: str, values: Any, device: torch.device | None) -> Tensor:
+    """`[N]` float64."""
+    try:
+        found = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0, 0)
+    if found.ndim != 1 or found.is_complex() or found.dtype == torch.bool:
+        raise InputTypeError(f"{name} cannot be read", expected="N numbers", got=repr(values)[:80])
+    return found.detach().double()
+
+
 def _norms(
     policy: Any,
     sequences: Sequence[PackedSequence],
-    scalar: _MeanNll | _UserScalar,
+    scalar: Scalar,
     parameters: str,
-    engine: str,
+    engine: Engine,
     max_tokens: int | None,
 ) -> Tensor:
     check_max_tokens(max_tokens)
     policy = base_model(policy)
     wanted = Parameters.of(policy, parameters)
-    chosen = choose_engine(policy, engine)
-    if isinstance(chosen, AutogradEngine):
-        return _as_result(policy, loop_norms(policy, sequences, scalar, wanted))
-    signal = NormSignal(policy, sequences, scalar, wanted)
-    if signal.leaf is None:  # nothing goes back behind the head, so nothing is kept for it
-        sequences = [
-            PackedSequence(s.input_ids, len(s.input_ids), s.reads, s.label) for s in sequences
-        ]
     own_bytes = sum(p.nbytes for p in policy.parameters())
     with plain_torch():
-        chosen.run(sequences, signal, max_tokens, max_bytes=int(_MEMORY_SHARE * own_bytes))
-        return _as_result(policy, signal.norms())
+        if isinstance(engine, AutogradEngine):
+            return _as_result(policy, sequences, loop_norms(policy, sequences, scalar, wanted))
+        signal = NormSignal(policy, sequences, scalar, wanted)
+        if signal.leaf is None:  # nothing goes back behind the head, so nothing is kept for it
+            sequences = [
+                PackedSequence(s.input_ids, len(s.input_ids), s.reads, s.label) for s in sequences
+            ]
+        engine.run(sequences, signal, max_tokens, max_bytes=int(_MEMORY_SHARE * own_bytes))
+        return _as_result(policy, sequences, signal.norms())
 
 
-def _as_result(policy: Any, norms: Tensor) -> Tensor:
+def _as_result(policy: Any, sequences: Sequence[PackedSequence], norms: Tensor) -> Tensor:
     """float32, float64 for a float64 model."""
-    dtype = policy.get_input_embeddings().weight.dtype
+    odd = (~norms.isfinite()).nonzero()
+    if len(odd):
+        raise InputError(
+            "gradients are not finite",
+            expected="finite gradients",
+            index=sequences[int(odd[0])].label,
+            fix="Check the model's weights; float16 models may need bfloat16 or float32.",
+        )
+    dtype = plain(policy.get_input_embeddings()).weight.dtype
     return norms.to(torch.promote_types(dtype, torch.float32))
 
 
@@ -225,38 +266,45 @@ class _MeanNll:
         the others' probabilities, which 1 - p would round away."""
         ids = torch.tensor(self._rollouts[sequence].response_ids, device=logits.device)[:, None]
         step = max(1, _STRETCH_ELEMENTS // logits.shape[1])
+        largest = logits.new_zeros(())
         for start in range(0, len(ids), step):
             part, at = logits[start : start + step], ids[start : start + step]
             values = part.softmax(-1).scatter_(1, at, 0.0)
-            part.copy_(values).scatter_(1, at, -values.sum(-1, keepdim=True))
-        return logits, 1.0 / len(ids)
-
-    def value(self, sequence: int, logits: Tensor) -> Tensor:
-        ids = torch.tensor(self._rollouts[sequence].response_ids, device=logits.device)
-        return torch.nn.functional.cross_entropy(logits, ids)
+            others = values.sum(-1, keepdim=True)
+            part.copy_(values).scatter_(1, at, -others)
+            largest = torch.maximum(largest, others.max())
+        # Those of a completion that the policy is sure of are brought near one.
+        exponent = min(0, max(_LOWEST_EXPONENT, math.frexp(float(largest))[1]))
+        if exponent:
+            logits.mul_(2.0**-exponent)
+        return logits, 2.0**exponent / len(ids)
 
 
 class _UserScalar:
     """A differentiable function of one sequence's logits."""
 
     def __init__(self, function: Callable[[int, Tensor], Tensor]) -> None:
+        if not callable(function):
+            raise InputTypeError(
+                "scalar is not a function",
+                expected="scalar(i, logits) -> a scalar of the logits",
+                got=type(function).__name__,
+            )
         self._function = function
 
     def __call__(self, sequence: int, logits: Tensor) -> tuple[Tensor, float]:
         with torch.enable_grad():
             live = logits.detach().requires_grad_()
-            value = self.value(sequence, live)
-            (grads,) = torch.autograd.grad(value, live)
-        largest = float(grads.abs().max())
-        return (grads / largest, largest) if largest > 0 else (grads, 1.0)
-
-    def value(self, sequence: int, logits: Tensor) -> Tensor:
-        value = self._function(sequence, logits)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            value = self._function(sequence, live)
+            grads = None
+            if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
+                (grads,) = torch.autograd.grad(value.sum(), live, allow_unused=True)
+        if grads is None:
             raise InputTypeError(
                 "scalar did not return a scalar of the logits",
                 expected="a tensor of one element that depends on the logits",
                 got=f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}",
-                index=sequence,
+                index=f"row {sequence}",
             )
-        return value.sum()
+        largest = float(grads.abs().max())
+        return (grads / largest, largest) if largest > 0 else (grads, 1.0)

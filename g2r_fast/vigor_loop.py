@@ -4,43 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ambient import plain_torch
+from .adapters import plain
 from .grad2reward import check_finite
-from .gradient_norms import Parameters
+from .gradient_norms import Parameters, Scalar
 from .plan import PackedSequence, Read
 
 __all__ = ["loop_norms"]
 
-
-class _Value(Protocol):
-    def value(self, sequence: int, logits: Tensor) -> Tensor: ...
+_STRETCH_ELEMENTS = 2**22  # of a gradient in float64
 
 
 def loop_norms(
-    policy: Any, sequences: Sequence[PackedSequence], scalar: _Value, parameters: Parameters
+    policy: Any, sequences: Sequence[PackedSequence], scalar: Scalar, parameters: Parameters
 ) -> Tensor:
     """`[N]` float64. One gradient of the parameters that count is in memory at a time."""
     chosen = [p for p in policy.parameters() if p in parameters]
-    device = policy.get_input_embeddings().weight.device
+    device = plain(policy.get_input_embeddings()).weight.device
     norms = torch.zeros(len(sequences), dtype=torch.float64, device=device)
-    with plain_torch(), torch.enable_grad(), _live(chosen), _cut_at_head(policy, parameters):
+    with (
+        torch.enable_grad(),
+        _live(chosen),
+        _without_checkpoints(policy),
+        _cut_at_head(policy, parameters),
+    ):
         for index, sequence in enumerate(sequences):
             ids = torch.tensor([sequence.input_ids], device=device)
             logits = policy(input_ids=ids, use_cache=False).logits[0, list(sequence.reads)]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            dtype = logits.dtype
+            logits = logits.to(torch.promote_types(dtype, torch.float32))
             check_finite(
                 logits, [Read(index, p, 0, p) for p in sequence.reads], {index: sequence.label}
             )
-            value = scalar.value(index, logits)
-            grads = torch.autograd.grad(value, chosen, allow_unused=True)
-            squares = [g.square().sum(dtype=torch.float64) for g in grads if g is not None]
-            norms[index] = torch.stack(squares).sum().sqrt() if squares else 0.0
+            values, factor = scalar(index, logits.detach())
+            norm = _norm(logits, values, chosen, keep=dtype == torch.float16)
+            if dtype == torch.float16 and not norm.isfinite():
+                # The sum over many rows had no room: as a mean it has.
+                small = 2.0 ** -len(sequence.reads).bit_length()
+                norm = _norm(logits, values * small, chosen) / small
+            norms[index] = norm * factor
     return norms
+
+
+def _norm(logits: Tensor, cotangents: Tensor, chosen: Sequence[Tensor], keep: bool = False) -> Any:
+    grads = torch.autograd.grad(logits, chosen, cotangents, retain_graph=keep, allow_unused=True)
+    squares = [_square(g).to(logits.device) for g in grads if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _square(grad: Tensor) -> Tensor:
+    """`grad.double().square().sum()`: a float16 square has no room, and a copy of a head little."""
+    parts = grad.reshape(-1).split(_STRETCH_ELEMENTS)
+    return torch.stack([part.double().square().sum() for part in parts]).sum()
 
 
 @contextmanager
@@ -53,6 +72,19 @@ def _live(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def _without_checkpoints(policy: torch.nn.Module) -> Iterator[None]:
+    """Reentrant checkpoints know only `backward()`, which writes to the parameters' `.grad`."""
+    switched = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextmanager

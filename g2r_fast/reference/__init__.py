@@ -30,6 +30,12 @@ from g2r_fast.reference.grad2reward import (
 )
 from g2r_fast.reference.grail import answer_nll, answer_saliency, answer_weights
 from g2r_fast.reference.oracles import central_differences, forward_mode_scores
+from g2r_fast.reference.vigor import (
+    completion_gradients,
+    completion_nll,
+    gradient_norm,
+    rank_rewards,
+)
 
 __all__ = [
     "ReferenceDecoder",
@@ -42,15 +48,19 @@ __all__ = [
     "attribution",
     "bounded_novelty",
     "central_differences",
+    "completion_gradients",
+    "completion_nll",
     "cosine_similarities",
     "forward_mode_scores",
     "gradient_feature",
+    "gradient_norm",
     "input_gradients",
     "mean_attribution",
     "objective_cotangent",
     "objective_value",
     "outcome_rewards",
     "pullback",
+    "rank_rewards",
     "relative_error",
     "response_novelty",
     "response_reward",
