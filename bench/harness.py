@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -22,14 +21,14 @@ from typing import Any
 import torch
 
 from bench.facts import facts, save
-from bench.flops import Sizes, judgements_of, required_flops, share_of_peak
+from bench.flops import Sizes, judgements_of, required_flops
 from bench.gate import GateError, gate
 from bench.ours import backend_of
 from bench.peak import higher, peak
-from bench.repetitions import Effort, repeat
+from bench.repetitions import Effort, add_figures, repeat
 from bench.rivals import RIVALS, Unavailable, loop
 from bench.scenarios import SCENARIOS, Scenario
-from bench.tables import paired_ratio, table
+from bench.tables import table
 
 __all__ = ["SCENARIOS", "Effort", "GateError", "Scenario", "compare", "facts", "gate", "save"]
 
@@ -96,15 +95,7 @@ def compare(
         "rivals": measured,
         "unavailable": unavailable,
     }
-    rate = peaks.get(scenario.dtype, {}).get("best_gflops")
-    for name, entry in measured.items():
-        ratio = paired_ratio(result, name, "ours")
-        entry["times_ours"] = None if ratio is None else round(ratio, 2)
-        if entry["seconds"]:
-            median = statistics.median(entry["seconds"])
-            entry["median_seconds"] = round(median, 4)
-            share = None if rate is None else share_of_peak(required.total / 1e9, median, rate)
-            entry["share_of_peak"] = None if share is None else round(share, 4)
+    add_figures(result, required.total)
     return result
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Effort", "repeat"]
+from bench.flops import share_of_peak
+
+__all__ = ["Effort", "add_figures", "paired_ratio", "repeat"]
 
 # Of a scenario whose repetitions are short: until this many of them, or `least_seconds`.
 MOST_REPETITIONS = 25
@@ -66,3 +69,26 @@ def repeat(
             entry["cpu_seconds"].append(time.process_time() - cpu)
             log(f"repetition {repetition + 1}, {name}: {entry['seconds'][-1]:.2f} s")
         repetition += 1
+
+
+def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:
+    """Median over the repetitions both took part in of seconds(slower) / seconds(faster)."""
+    rivals = result["rivals"]
+    if slower not in rivals or faster not in rivals:
+        return None
+    pairs = list(zip(rivals[slower]["seconds"], rivals[faster]["seconds"], strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def add_figures(result: dict[str, Any], flops: int) -> None:
+    """To every rival of a result: median seconds, ratio to ours, and the share of the peak that
+    `flops` in that time are."""
+    rate = result["peak"].get(result["scenario"]["dtype"], {}).get("best_gflops")
+    for name, entry in result["rivals"].items():
+        ratio = paired_ratio(result, name, "ours")
+        entry["times_ours"] = None if ratio is None else round(ratio, 2)
+        if entry["seconds"]:
+            median = statistics.median(entry["seconds"])
+            entry["median_seconds"] = round(median, 4)
+            share = None if rate is None else share_of_peak(flops / 1e9, median, rate)
+            entry["share_of_peak"] = None if share is None else round(share, 4)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -23,18 +22,17 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.facts import facts, save
-from bench.flops import Sizes, share_of_peak
+from bench.flops import Sizes
 from bench.gate import GateError, gate_tensors
 from bench.ours import backend_of
 from bench.peak import higher, peak
-from bench.repetitions import Effort, repeat
+from bench.repetitions import Effort, add_figures, repeat
 from bench.rivals import Unavailable
 from bench.signal_flops import REQUIRED
 from bench.signal_memory import extra_memory
 from bench.signal_scenarios import LOOPS, RIVALS_OF, SIGNAL_SCENARIOS, SignalScenario
 from bench.signal_tables import signal_table
 from bench.signal_workload import Rollouts
-from bench.tables import paired_ratio
 
 __all__ = ["compare_signal", "required"]
 
@@ -126,15 +124,7 @@ def compare_signal(
         "rivals": measured,
         "unavailable": unavailable,
     }
-    rate = peaks.get(scenario.dtype, {}).get("best_gflops")
-    for one, entry in measured.items():
-        ratio = paired_ratio(result, one, "ours")
-        entry["times_ours"] = None if ratio is None else round(ratio, 2)
-        if entry["seconds"]:
-            median = statistics.median(entry["seconds"])
-            entry["median_seconds"] = round(median, 4)
-            share = None if rate is None else share_of_peak(total / 1e9, median, rate)
-            entry["share_of_peak"] = None if share is None else round(share, 4)
+    add_figures(result, total)
     return result
 
 

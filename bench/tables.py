@@ -19,6 +19,7 @@ from typing import Any
 from bench.cells import NOT_RUN, Cell, required, seconds, share, times_ours
 from bench.facts import RESULTS
 from bench.grpo_step import GRPO_STEPS, step_file
+from bench.repetitions import paired_ratio
 from bench.rivals import RIVALS
 from bench.scenarios import GPU_SCENARIOS, SCENARIOS
 from bench.signal_scenarios import SIGNAL_SCENARIOS
@@ -28,7 +29,6 @@ __all__ = [
     "documents",
     "marked_tables",
     "median_ratio",
-    "paired_ratio",
     "render",
     "result_name",
     "results_of",
@@ -38,15 +38,6 @@ __all__ = [
 
 DOCUMENTS = ("README.md", "bench/README.md", "docs/grail.md", "docs/g2rl.md", "docs/vigor.md")
 GPU_RESULTS = "gpu"
-
-
-def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:
-    """Median over the repetitions both took part in of seconds(slower) / seconds(faster)."""
-    rivals = result["rivals"]
-    if slower not in rivals or faster not in rivals:
-        return None
-    pairs = list(zip(rivals[slower]["seconds"], rivals[faster]["seconds"], strict=False))
-    return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
 def median_ratio(result: dict[str, Any], slower: str, faster: str) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import peak, publish, tables
+from bench import peak, publish, repetitions, tables
 from bench.harness import Effort
 from bench.scenarios import SCENARIOS, Scenario
 
@@ -92,10 +92,10 @@ def test_a_terminals_table_names_what_it_is_about(results):
 
 def test_ratios_are_medians_of_ratios_within_a_repetition():
     found = result(ours=[1.0, 2.0, 10.0], loop=[3.0, 4.0, 100.0])
-    assert tables.paired_ratio(found, "loop", "ours") == 3.0  # of 3, 2 and 10
+    assert repetitions.paired_ratio(found, "loop", "ours") == 3.0  # of 3, 2 and 10
     found = result(ours=[1.0, 2.0, 10.0], loop=[3.0])  # a slow rival: the first repetition alone
-    assert tables.paired_ratio(found, "loop", "ours") == 3.0
-    assert tables.paired_ratio(found, "captum", "ours") is None
+    assert repetitions.paired_ratio(found, "loop", "ours") == 3.0
+    assert repetitions.paired_ratio(found, "captum", "ours") is None
 
 
 @pytest.mark.parametrize(
