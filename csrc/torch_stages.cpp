@@ -251,12 +251,17 @@ void qkv_backward(const Tensor& dx, const Tensor& saved, const MaybeTensor& dq,
                                op.kv_heads, head_dim);
     }
     op.scaling = static_cast<float>(scaling);
-    if (projected || norm_products) {
+    if (projected || norm_products || q_norm_products || k_norm_products) {
         const char* together = "a tensor, as linear layers are read";
         checks.needs(projected, "projected", together);
         checks.needs(norm_products, "norm_products", together);
-        if (op.q_norm != nullptr) checks.needs(q_norm_products, "q_norm_products", together);
-        if (op.k_norm != nullptr) checks.needs(k_norm_products, "k_norm_products", together);
+        if (dq && op.q_norm != nullptr) checks.needs(q_norm_products, "q_norm_products", together);
+        if (dk && op.k_norm != nullptr) checks.needs(k_norm_products, "k_norm_products", together);
+        // Nothing would be written there.
+        if (!dq && q_norm_products)
+            checks.refuse("q_norm_products is there", "None, as dq is", "a tensor");
+        if (!dk && k_norm_products)
+            checks.refuse("k_norm_products is there", "None, as dk is", "a tensor");
         const int64_t width = (dq ? q_width : 0) + (dk ? kv_width : 0) + (dv ? kv_width : 0);
         op.projected = checks.out(projected, "projected", storage, {op.rows, width});
         op.norm_products =

@@ -7,6 +7,7 @@ then sum in any order and round where it likes, and still has one right answer, 
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -152,6 +153,7 @@ def mlp_forward(
     biases: bool = False,
     activation: int = 0,
     eps: float = 1e-5,
+    shown: bool = False,
 ) -> Arguments:
     where, count = where_kept(draw, rows, keep)
     mixed = s.heads * s.head_dim
@@ -168,6 +170,7 @@ def mlp_forward(
         "w_up": draw.weight(s.width, s.hidden), "b_up": bias(s.width),
         "w_down": draw.weight(s.hidden, s.width), "b_down": bias(s.hidden),
         "keep": where, "kept": count, "eps": eps, "activation": activation,
+        "shown": shown,
     }  # fmt: skip
 
 
@@ -201,7 +204,17 @@ def _norm_rows(draw: Draw, *shape: int) -> tuple[Tensor, Tensor]:
     return (x * rstd[..., None]).to(draw.dtype), rstd
 
 
-def mlp_backward(draw: Draw, s: Sizes, rows: int, *, count: int = 7) -> Arguments:
+def _one_hot_norms(draw: Draw, *shape: int) -> Tensor:
+    """Rows with one entry ±n, so that n² is a multiple of their width: mean(g * normed) * normed
+    is an integer. Zeros where that would be more than bfloat16 holds."""
+    *rows, width = shape
+    size = width // 4 if width <= 256 else 0
+    return draw.sparse(math.prod(rows), width, 1, size).view(shape)
+
+
+def mlp_backward(
+    draw: Draw, s: Sizes, rows: int, *, count: int = 7, shown: bool = False
+) -> Arguments:
     mixed = s.heads * s.head_dim
     normed, rstd = _norm_rows(draw, count, s.hidden)
     return {
@@ -214,13 +227,14 @@ def mlp_backward(draw: Draw, s: Sizes, rows: int, *, count: int = 7) -> Argument
         "normed": normed, "rstd": rstd,
         "d_gate": draw.stored(count, s.width, scale=0.6),
         "d_up": draw.stored(count, s.width, scale=0.4),
-        "heads": s.heads, "head_dim": s.head_dim,
+        "heads": s.heads, "head_dim": s.head_dim, "shown": shown,
     }  # fmt: skip
 
 
-def mlp_backward_integers(draw: Draw, s: Sizes, rows: int, *, count: int = 7) -> Arguments:
-    a = mlp_backward(draw, s, rows, count=count)
-    a["dx"] = draw.integers(rows, s.hidden)
+def mlp_backward_integers(draw: Draw, s: Sizes, rows: int, **options: Any) -> Arguments:
+    a = mlp_backward(draw, s, rows, **options)
+    count, most = len(a["rstd"]), 1 if a["shown"] else 2
+    a["dx"] = draw.integers(rows, s.hidden, most=most)
     # Every column of a weight is a row of the product that comes back.
     a["wo"] = draw.sparse(s.heads * s.head_dim, s.hidden, 2).T.contiguous()
     a["w_gate"] = draw.sparse(s.hidden, s.width, 3).T.contiguous()
@@ -228,7 +242,10 @@ def mlp_backward_integers(draw: Draw, s: Sizes, rows: int, *, count: int = 7) ->
     a["w_down"] = draw.sparse(s.width, s.hidden, 2).T.contiguous()
     a["post_norm"] = draw.signs(s.hidden)
     a["normed"], a["rstd"] = torch.zeros(count, s.hidden), draw.one_of([0.5, 1.0], count)
-    a["d_gate"], a["d_up"] = draw.integers(count, s.width), draw.integers(count, s.width)
+    if a["shown"]:
+        a["normed"] = _one_hot_norms(draw, count, s.hidden)
+    for name in ("d_gate", "d_up"):
+        a[name] = draw.integers(count, s.width, most=most)
     return stored(a, draw.dtype)
 
 
@@ -241,6 +258,7 @@ def qkv_backward(
     present: str = "qkv",
     norms: bool = False,
     rope: float = 1.0,
+    shown: bool = False,
 ) -> Arguments:
     cos, sin = draw.turns(count, s.head_dim // 2, rope)
     normed, rstd = _norm_rows(draw, count, s.hidden)
@@ -249,7 +267,7 @@ def qkv_backward(
         "saved": saved_rows(draw, rows, count),
         "input_norm": draw.stored(s.hidden, scale=0.3, mean=1.0),
         "cos": cos, "sin": sin, "normed": normed, "rstd": rstd,
-        "head_dim": s.head_dim, "scaling": s.head_dim**-0.5,
+        "head_dim": s.head_dim, "scaling": s.head_dim**-0.5, "shown": shown,
     }  # fmt: skip
     for name in "qkv":
         heads = s.heads if name == "q" else s.kv_heads
@@ -272,6 +290,8 @@ def qkv_backward_integers(draw: Draw, s: Sizes, rows: int, **options: Any) -> Ar
     a["dx"] = draw.integers(rows, s.hidden)
     a["input_norm"] = draw.signs(s.hidden)
     a["normed"], a["rstd"] = torch.zeros(count, s.hidden), draw.one_of([0.5, 1.0], count)
+    if a["shown"]:
+        a["normed"] = _one_hot_norms(draw, count, s.hidden)
     a["cos"], a["sin"] = draw.quarter_turns(count, s.head_dim // 2)
     a["scaling"] = 0.5
     for name in "qkv":
@@ -282,7 +302,9 @@ def qkv_backward_integers(draw: Draw, s: Sizes, rows: int, **options: Any) -> Ar
         a[f"w{name}"] = draw.sparse(width, out, 3).T.contiguous()
         if a.get(f"{name}_norm") is not None:
             a[f"{name}_norm"] = draw.one_of([-2.0, -1, 1, 2], s.head_dim)
-            a[f"{name}_normed"] = torch.zeros_like(a[f"{name}_normed"])
+            shape = a[f"{name}_normed"].shape
+            rows_of_heads = _one_hot_norms(draw, *shape) if a["shown"] else torch.zeros(shape)
+            a[f"{name}_normed"] = rows_of_heads
             a[f"{name}_rstd"] = draw.one_of([0.5, 1.0], *a[f"{name}_rstd"].shape)
     return stored(a, draw.dtype)
 

@@ -109,8 +109,8 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
     if op == "residual_sums":
         rows = (len(a["logits"]),)
         return {"logps": (rows, wide), "entropies": (rows, wide)}
-    if op == "qkv_backward":
-        return {}
+    if op.startswith("squared"):
+        return {"out": ((len(a["offsets"]) - 1,), torch.float64)}
     dtype = next(a[n] for n in ("input_norm", "post_norm", "q") if a.get(n) is not None).dtype
     if op == "attention_forward":
         return {"out": (tuple(a["q"].shape), dtype), "lse": (tuple(a["q"].shape[:2]), wide)}
@@ -118,13 +118,15 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
         keys = (a["key_rows"], *a["k"].shape[1:])
         return {"dq": (tuple(a["grad_out"].shape), dtype), "dk": (keys, wide), "dv": (keys, wide)}
     rows = len(a["x"] if "x" in a else a["dx"])
-    if op == "mlp_backward":
-        return {"grad_attended": ((rows, a["heads"], a["head_dim"]), dtype)}
+    if op.endswith("backward"):
+        return _backward_shapes(op, a, rows, dtype)
     count, hidden = a["kept"], a["x"].shape[1]
     shapes: dict[str, Any] = {"normed": ((count, hidden), dtype), "rstd": ((count,), wide)}
     if op == "mlp_forward":
         width = len(a["w_gate"])
-        return shapes | {"d_gate": ((count, width), dtype), "d_up": ((count, width), dtype)}
+        activated = ((count, width), dtype) if a["shown"] else None
+        slopes = dict.fromkeys(("d_gate", "d_up"), ((count, width), dtype))
+        return shapes | slopes | {"activated": activated}
     for name in "qkv":
         weight = a[f"w{name}"]
         heads = None if weight is None else len(weight) // a["head_dim"]
@@ -134,6 +136,30 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
             shapes[f"{name}_normed"] = ((count, kept, a["head_dim"]), dtype) if there else None
             shapes[f"{name}_rstd"] = ((count, kept), wide) if there else None
         shapes[name] = ((rows, heads, a["head_dim"]), dtype) if heads is not None else None
+    return shapes
+
+
+def _backward_shapes(
+    op: str, a: Arguments, rows: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    """Of the two dense halves; `shown`: what a reader of linear layers asks for too."""
+    hidden, shown = a["dx"].shape[1], a["shown"]
+    products = ((rows, hidden), torch.float32) if shown else None
+    if op == "mlp_backward":
+        return {
+            "grad_attended": ((rows, a["heads"], a["head_dim"]), dtype),
+            "gate_up": ((rows, 2 * len(a["w_gate"])), dtype) if shown else None,
+            "norm_products": products,
+        }
+    width = sum(len(a[f"w{name}"]) for name in "qkv" if a[f"d{name}"] is not None)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {
+        "projected": ((rows, width), dtype) if shown else None,
+        "norm_products": products,
+    }
+    for name in "qk":
+        there = shown and a[f"{name}_norm"] is not None
+        of_heads = ((rows, a["head_dim"]), torch.float32)
+        shapes[f"{name}_norm_products"] = of_heads if there else None
     return shapes
 
 

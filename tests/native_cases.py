@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import native_arguments as arguments
+import native_norms as norms
 import native_residuals as residuals
 import native_tries as attention
 import torch
@@ -91,11 +92,28 @@ def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
     return found
 
 
+# Ops with outputs that only a reader of linear layers asks for.
+SHOWN = ("mlp_forward", "mlp_backward", "qkv_backward")
+_NOT_AGAIN = {"chunks", *(f"rows{rows}" for rows in ROWS if rows not in (0, 1, 6, 67))}
+
+
+def _with_shown(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
+    """The same situations, and most of them again with everything asked for."""
+    found = _situations(op)
+    if op not in SHOWN:
+        return found
+    again = {name: found[name] for name in found if name not in _NOT_AGAIN}
+    return found | {
+        f"{name}-shown": (sizes, rows, options | {"shown": True})
+        for name, (sizes, rows, options) in again.items()
+    }
+
+
 def _dense() -> list[Case]:
     cases = []
     for op in ("qkv_forward", "mlp_forward", "mlp_backward", "qkv_backward"):
         random, integers = getattr(arguments, op), getattr(arguments, f"{op}_integers")
-        for name, (sizes, rows, options) in _situations(op).items():
+        for name, (sizes, rows, options) in _with_shown(op).items():
             cases.append(Case(op, name, _bound(random, sizes, rows, **options)))
             if "eps" not in options:  # integers come without
                 cases.append(Case(op, name, _bound(integers, sizes, rows, **options), True))
@@ -103,7 +121,7 @@ def _dense() -> list[Case]:
 
 
 def _bound(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> Callable[..., Arguments]:
-    return lambda draw: make(draw, *sizes, **options)
+    return lambda draw, **more: make(draw, *sizes, **options, **more)
 
 
 HEADS = {name: (s.heads, s.kv_heads, s.head_dim) for name, s in SIZES.items()}
@@ -212,6 +230,38 @@ def _attributions() -> list[Case]:
     return cases
 
 
+def _squared_norms() -> list[Case]:
+    # Widths around a vector, a panel and the rows of a task (1008), odd ones, and those whose Gram
+    # matrices cost less than the gradient up to 63, 64 and 199 entries on the widest panels.
+    shapes = [(1, 1), (7, 33), (16, 16), (48, 80), (65, 97), (128, 128), (200, 1030), (1040, 48)]
+    shapes += [(264, 264), (127, 129), (31, 2064)]
+    found: dict[str, tuple[str, Callable[..., Arguments]]] = {}
+    for width, out in shapes:
+        for layout in norms.LAYOUTS:
+            make = _bound(norms.gradient_norms, width, out, [*norms.RAGGED], layout=layout)
+            found[f"{width}x{out}-{layout}"] = ("squared_gradient_norms", make)
+    some: dict[str, list[int]] = {"none": [], "empty": [0, 0], "one": [1], "alone": [64]}
+    for name, lengths in some.items():
+        make = _bound(norms.gradient_norms, 48, 80, lengths)
+        found[name] = ("squared_gradient_norms", make)
+    # Both beyond what a task takes: of the rows of a Gram matrix, and of the terms of a gradient.
+    make = _bound(norms.gradient_norms, 1280, 1280, [1100])
+    found["long-gram"] = ("squared_gradient_norms", make)
+    make = _bound(norms.gradient_norms, 48, 80, [1100, 513])
+    found["long-gradient"] = ("squared_gradient_norms", make)
+    for width in (16, 48, 64, 80, 208):
+        for layout in norms.LAYOUTS:
+            make = _bound(norms.row_sums, width, [*norms.RAGGED, 1100], layout=layout)
+            found[f"row-sums-{width}-{layout}"] = ("squared_row_sums", make)
+    for name, lengths in some.items():
+        found[f"row-sums-{name}"] = ("squared_row_sums", _bound(norms.row_sums, 48, lengths))
+    return [
+        Case(op, name, partial(make, integers=integers), integers)
+        for name, (op, make) in found.items()
+        for integers in (False, True)
+    ]
+
+
 CASES = [
     *_dense(),
     *_attention("attention_forward", attention.forward),
@@ -220,9 +270,13 @@ CASES = [
     *_products(),
     *_attributions(),
     *(Case("residual_sums", *record) for record in residuals.cases()),
+    *_squared_norms(),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
+
+# Each op as it is, and again with everything that may be asked of it.
+VARIANTS = [(op, False) for op in OPS] + [(op, True) for op in SHOWN]
 
 # All of it in float64, whatever the model's dtype: held to a number, and nothing to average out.
 IN_FLOAT64 = ("attribution_rewards",)
@@ -232,8 +286,11 @@ def select(op: str | None = None, integers: bool | None = None) -> list[Case]:
     return [case for case in CASES if op in (None, case.op) and integers in (None, case.integers)]
 
 
-def many_rows(op: str, draw: Draw) -> Arguments:
-    """Arguments with many complete rows: for what is a matter of statistics, and for threads."""
+def many_rows(op: str, draw: Draw, shown: bool = False) -> Arguments:
+    """Arguments with many complete rows: for what is a matter of statistics, and for threads.
+
+    `shown`: with everything that a reader of linear layers asks for.
+    """
     sizes = Sizes(64, 4, 2, 16, 96)
     if op == "linear":
         return arguments.linear(draw, 150, 64, 80, bias=True)
@@ -246,11 +303,19 @@ def many_rows(op: str, draw: Draw) -> Arguments:
     if op == "residual_sums":
         stretches = [(owner, 2) for owner in range(75)]
         return residuals.residual_sums(draw, stretches, 96, owners=75)
+    # Rows of their answers are lanes: as Gram matrices the shorter ones, on panels of every width.
+    lengths = [3 + 7 * lane % 50 for lane in range(150)]
+    if op == "squared_gradient_norms":
+        return norms.gradient_norms(draw, 80, 112, lengths)
+    if op == "squared_row_sums":
+        return norms.row_sums(draw, 80, lengths)
     if op == "attention_forward":
         return attention.forward(draw, TRIES["tile-borders"], 4, 2, 16)
     if op == "attention_backward":
         return attention.backward(draw, TRIES["tile-borders"], 4, 2, 16)
-    options = {"keep": "all"} if op.endswith("forward") else {"count": 150}
+    options: dict[str, Any] = {"keep": "all"} if op.endswith("forward") else {"count": 150}
+    if shown:
+        options |= {"shown": True} | ({"norms": True} if op == "qkv_backward" else {})
     make: Callable[..., Arguments] = getattr(arguments, op)
     return make(draw, sizes, 150, **options)
 

@@ -72,6 +72,11 @@ def point_of_norm(normed: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return normed / rstd[..., None], (1 - normed.square().mean(-1)) / rstd.square()
 
 
+def one_for_every_row(scale: Tensor, rows: int) -> Tensor:
+    """A norm's weight, as a leaf: the gradient of each row's is that row's part of the whole."""
+    return scale.expand(rows, -1).clone().requires_grad_(True)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + head_dim / 2) of `[rows, heads, head_dim]` turned by `[rows, head_dim / 2]`."""
     first, second = x.chunk(2, dim=-1)
@@ -127,7 +132,7 @@ def mlp_forward(a: Arguments, at: Arithmetic) -> Outputs:
         "rstd": kept(rstd, keep, count),
         "d_gate": kept(d_gate, keep, count),
         "d_up": kept(d_up, keep, count),
-    }
+    } | ({"activated": kept(activated.detach(), keep, count)} if a["shown"] else {})
 
 
 def mlp_backward(a: Arguments, at: Arithmetic) -> Outputs:
@@ -137,37 +142,49 @@ def mlp_backward(a: Arguments, at: Arithmetic) -> Outputs:
     attended = torch.zeros(len(x), a["wo"].shape[1], dtype=at.wide, requires_grad=True)
     # Adding nothing: the point is x itself.
     mid = x + at.linear(attended, a["wo"])
-    h = at.round(rms(mid, eps)[0]) * at.take(a["post_norm"])
+    scale = one_for_every_row(at.take(a["post_norm"]), len(x))
+    h = at.round(rms(mid, eps)[0]) * scale
+    gate, up = at.linear(h, a["w_gate"]), at.linear(h, a["w_up"])
     # act(gate) * up around the point, whose slopes are what was kept.
-    activated = at.take(a["d_gate"])[saved] * at.linear(h, a["w_gate"])
-    activated = activated + at.take(a["d_up"])[saved] * at.linear(h, a["w_up"])
+    activated = at.take(a["d_gate"])[saved] * gate + at.take(a["d_up"])[saved] * up
     out = mid + at.linear(activated, a["w_down"])
-    dx, grad = torch.autograd.grad(out, (x, attended), at.take(a["dx"]))
-    return {"dx": dx, "grad_attended": grad.unflatten(-1, (-1, a["head_dim"]))}
+    leaves = (x, attended, gate, up, scale)
+    dx, grad, d_gate, d_up, d_scale = torch.autograd.grad(out, leaves, at.take(a["dx"]))
+    found = {"dx": dx, "grad_attended": grad.unflatten(-1, (-1, a["head_dim"]))}
+    if a["shown"]:
+        found |= {"gate_up": torch.cat((d_gate, d_up), 1), "norm_products": d_scale}
+    return found
 
 
 def qkv_backward(a: Arguments, at: Arithmetic) -> Outputs:
     saved = a["saved"].long()
     x, eps = point_of_norm(at.take(a["normed"])[saved], at.take(a["rstd"])[saved])
     x.requires_grad_(True)
-    h = at.round(rms(x, eps)[0]) * at.take(a["input_norm"])
+    scales = {"norm": one_for_every_row(at.take(a["input_norm"]), len(x))}
+    h = at.round(rms(x, eps)[0]) * scales["norm"]
     cos, sin = at.take(a["cos"])[saved], at.take(a["sin"])[saved]
-    outputs, grads = [], []
+    projected, outputs, grads = [], [], []
     for name, scale in (("q", a["scaling"]), ("k", 1.0), ("v", 1.0)):
         if a[f"d{name}"] is None:
             continue
-        y = at.linear(h, a[f"w{name}"]).unflatten(-1, (-1, a["head_dim"]))
+        projected.append(at.linear(h, a[f"w{name}"]))
+        y = projected[-1].unflatten(-1, (-1, a["head_dim"]))
         if name != "v":
             if a[f"{name}_norm"] is not None:
                 normed = at.take(a[f"{name}_normed"])[saved]
                 point, head_eps = point_of_norm(normed, at.take(a[f"{name}_rstd"])[saved])
                 y = y + (point - y).detach()
-                y = at.round(rms(y, head_eps)[0]) * at.take(a[f"{name}_norm"])
+                of_heads = one_for_every_row(at.take(a[f"{name}_norm"]), len(x))
+                scales[f"{name}_norm"] = of_heads
+                y = at.round(rms(y, head_eps)[0]) * of_heads[:, None]
             y = rotate(y, cos, sin) * scale
         outputs.append(y)
         grads.append(at.take(a[f"d{name}"]))
-    (dx,) = torch.autograd.grad(outputs, x, grads)
-    return {"dx": at.take(a["dx"]) + dx}
+    dx, *found = torch.autograd.grad(outputs, [x, *scales.values(), *projected], grads)
+    products, sent = found[: len(scales)], found[len(scales) :]
+    shown = {f"{name}_products": d for name, d in zip(scales, products, strict=True)}
+    shown = {"projected": torch.cat(sent, 1)} | shown if a["shown"] else {}
+    return {"dx": at.take(a["dx"]) + dx} | shown
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -271,6 +288,26 @@ def embedding_scores(a: Arguments, at: Arithmetic) -> Outputs:
     return {"scores": grads.square().sum(-1).sqrt()}
 
 
+def squared_gradient_norms(a: Arguments, at: Arithmetic) -> Outputs:
+    """The gradient of `sum(grads * linear(inputs))`, squared, lane by lane; nothing is rounded."""
+    inputs, grads = at.take(a["inputs"]), at.take(a["grads"])
+    found = []
+    for start, stop in pairwise(a["offsets"].tolist()):
+        x, cotangent = inputs[a["kept"][start:stop]], grads[a["rows"][start:stop]]
+        weight = torch.zeros(grads.shape[1], inputs.shape[1], dtype=at.wide, requires_grad=True)
+        (grad,) = torch.autograd.grad(F.linear(x, weight), weight, cotangent)
+        found.append(grad.double().square().sum())
+    return {"out": torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)}
+
+
+def squared_row_sums(a: Arguments, at: Arithmetic) -> Outputs:
+    x = at.take(a["x"])
+    spans = pairwise(a["offsets"].tolist())
+    sums = [x[a["rows"][start:stop]].sum(0).double() for start, stop in spans]
+    found = [total.square().sum() for total in sums]
+    return {"out": torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)}
+
+
 def spread(scores: list[float]) -> float:
     """The population standard deviation, 0 where it is at most 1e-6 of the largest |score|."""
     mean = math.fsum(scores) / len(scores)
@@ -354,5 +391,7 @@ ORACLES = {
         embedding_scores,
         attribution_rewards,
         residual_sums,
+        squared_gradient_norms,
+        squared_row_sums,
     )
 }

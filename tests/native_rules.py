@@ -58,7 +58,7 @@ def equal_bits(got: Tensor, truth: Tensor) -> str | None:
     return None
 
 
-def within_bound(got: Tensor, truth: Tensor, terms: Tensor, chain: int) -> str | None:
+def within_bound(got: Tensor, truth: Tensor, terms: Tensor, chain: int | Tensor) -> str | None:
     """`|err| <= chain * u * sum(|terms|)`, element by element."""
     pair = _compared(got, truth)
     if isinstance(pair, str):

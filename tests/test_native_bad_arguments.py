@@ -27,9 +27,9 @@ IN_FLOAT32 = ("embedding_scores", "residual_sums")  # whatever the model's dtype
 # One case of every op that takes everything the op can take.
 FULL = {
     "qkv_forward": "biases-norms",
-    "mlp_forward": "biases",
-    "mlp_backward": "d32-group2",
-    "qkv_backward": "qk-norm-d32-group2",
+    "mlp_forward": "biases-shown",
+    "mlp_backward": "d32-group2-shown",
+    "qkv_backward": "qk-norm-d32-group2-shown",
     "attention_forward": "group",
     "attention_backward": "group",
     "linear": "13x208x97-bias",
@@ -37,7 +37,21 @@ FULL = {
     "embedding_scores": "dot-5x3x48",
     "attribution_rewards": "ragged",
     "residual_sums": "ragged",
+    "squared_gradient_norms": "65x97-shuffled",
+    "squared_row_sums": "row-sums-80-shuffled",
 }
+# A table may be longer than what is read of it, rewards than what is earned, rows than are named.
+MAY_BE_LONGER = {
+    *(("attention_forward", name) for name in ("segments", "blocks")),
+    *(("attention_backward", name) for name in ("segments", "blocks", "runs", "block_lanes")),
+    ("attention_backward", "run_lanes"), ("attribution_rewards", "rewards"),
+    ("squared_gradient_norms", "inputs"), ("squared_gradient_norms", "grads"),
+    ("squared_row_sums", "x"), ("residual_sums", "sums"),
+}  # fmt: skip
+# And of any width.
+MAY_BE_NARROWER = {("squared_gradient_norms", "inputs"), ("squared_gradient_norms", "grads")}
+# Whose dtype is the model's: where it is another, another tensor is found not to agree.
+TELLS = {"input_norm", "post_norm", "q", "weight", "inputs"}
 
 
 def full_arguments(op: str) -> Arguments:
@@ -83,16 +97,13 @@ def test_every_tensor_is_checked(op: str, name: str) -> None:
     a = full_arguments(op)
     x = a[name]
     other = {torch.bfloat16: torch.float16, torch.float32: torch.float64}.get(x.dtype, torch.int16)
-    # Where it is the one that tells the model's dtype, another tensor is found not to agree.
-    told = r"dtype" if name in ("input_norm", "post_norm", "q", "weight") else rf"\b{name}\b.*dtype"
+    told = r"dtype" if name in TELLS else rf"\b{name}\b.*dtype"
     refuse(op, a | {name: x.to(other)}, told)
     refuse(op, a | {name: x.long() if x.is_floating_point() else x.float()}, "dtype")
     refuse(op, a | {name: x[None]}, rf"\b{name}\b")
-    # A table may be longer than what is read of it, rewards than what is earned, and sums wait for
-    # sequences to come.
-    if name not in ("segments", "blocks", "runs", "block_lanes", "run_lanes", "rewards", "sums"):
+    if (op, name) not in MAY_BE_LONGER:
         refuse(op, a | {name: torch.cat((x, x[-1:]))}, "shape|exist|end|reach|lanes|heads|multiple")
-    if x.ndim > 1:
+    if x.ndim > 1 and (op, name) not in MAY_BE_NARROWER:
         refuse(op, a | {name: x[..., :-1].contiguous()}, "shape|multiple|heads|suit")
     moved = strided(x)
     if moved is not None:
@@ -139,6 +150,20 @@ def test_rows_that_do_not_exist_are_refused(op: str, name: str, value: int) -> N
     refuse(op, a | with_entry(name, (2,), kept)(a), f"{name}.*got {kept}")
 
 
+SQUARED = [("squared_gradient_norms", "kept"), ("squared_gradient_norms", "rows")]
+SQUARED += [("squared_row_sums", "rows")]
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(("op", "name"), SQUARED)
+def test_entries_without_a_row_are_refused(op: str, name: str, value: int) -> None:
+    a = full_arguments(op)
+    refuse(op, a | with_entry(name, (7,), value)(a), f"{name}.*got {value}; first at index 7")
+    of = {"kept": "inputs", "rows": "grads" if "grads" in a else "x"}[name]
+    past = len(a[of])
+    refuse(op, a | with_entry(name, (2,), past)(a), f"{name}.*row < {past}; got {past}")
+
+
 # (table, column, values that cannot be): segments of TRIES["group"], in every column.
 TABLES = {
     "attention_forward": {
@@ -166,6 +191,14 @@ TABLES = {
     "residual_sums": {
         "targets": [(0, -1), (0, FAR), (0, -FAR), (15, 97), (7, 2**63 - 1)],
         "owners": [(0, -1), (0, FAR), (15, -FAR), (3, 5), (15, 2**63 - 1)],
+    },
+    # Lanes of 5, 0, 1, 6, 63, 64, 65, 0, 2, 200, 71, 7 and no entries.
+    "squared_gradient_norms": {
+        "offsets": [(0, 1), (0, -1), (1, -1), (1, 6), (2, 4), (1, FAR), (1, -FAR), (13, 483),
+                    (13, 485), (13, FAR), (12, 485)],
+    },
+    "squared_row_sums": {
+        "offsets": [(0, 1), (1, 6), (2, 4), (1, FAR), (14, 1583), (14, 1585)],
     },
 }  # fmt: skip
 
@@ -211,6 +244,15 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("qkv_backward", {"wv": None}, "wv is missing"),
     ("qkv_backward", {"q_rstd": None}, "q_rstd is missing"),
     ("qkv_backward", {"k_normed": None}, "k_normed is missing"),
+    ("mlp_backward", {"gate_up": None}, "gate_up is missing"),
+    ("mlp_backward", {"norm_products": None}, "norm_products is missing"),
+    ("qkv_backward", {"projected": None}, "projected is missing"),
+    ("qkv_backward", {"norm_products": None}, "norm_products is missing"),
+    ("qkv_backward", {"q_norm_products": None}, "q_norm_products is missing"),
+    ("qkv_backward", {"k_norm_products": None}, "k_norm_products is missing"),
+    ("qkv_backward", {"projected": None, "norm_products": None}, "projected is missing"),
+    ("qkv_backward", {"dq": None}, "q_norm_products is there; expected None"),
+    ("qkv_backward", {"dk": None}, "k_norm_products is there; expected None"),
     ("attention_forward", {"window": -1}, "window"),
     ("attention_forward", {"softcap": -1.0}, "softcap"),
     ("attention_forward", {"softcap": float("nan")}, "softcap"),
@@ -250,6 +292,11 @@ def narrowed(a: Arguments, sizes: dict[str, tuple[int, int]]) -> Arguments:
         ("linear_backward", {"weight": (0, 96)}, "shape"),
         ("linear_backward", {"grad": (1, 96)}, "shape"),
         ("embedding_scores", {"values": (1, 33), "grads": (2, 33)}, "multiple of 16"),
+        ("squared_row_sums", {"x": (1, 72)}, "the width of x.*multiple of 16; got 72"),
+        ("squared_row_sums", {"x": (1, 0)}, "multiple of 16; got 0"),
+        ("squared_gradient_norms", {"out": (0, 12)}, r"offsets has the wrong shape.*\[13\]"),
+        ("squared_gradient_norms", {"rows": (0, 480)}, r"rows has the wrong shape.*\[484\]"),
+        ("squared_gradient_norms", {"offsets": (0, 13)}, r"offsets has the wrong shape.*\[14\]"),
         (
             "attention_forward",
             {"q": (2, 8), "k": (2, 8), "v": (2, 8), "out": (2, 8)},

@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_arguments import Draw, Sizes
 from native_calls import DTYPES, TABLES, kernels, native, run, threads, usable
-from native_cases import CASES, HEADS, MANY_ROWS, OPS, TRIES, Case, many_rows, truth, yardstick
+from native_cases import (
+    CASES,
+    HEADS,
+    MANY_ROWS,
+    SHOWN,
+    TRIES,
+    VARIANTS,
+    Case,
+    many_rows,
+    truth,
+    yardstick,
+)
 from native_oracles import EXACT, ORACLES, Arguments, Outputs, plain
 from native_rules import FLOAT32, equal_bits, judge, near, relative_error
 from native_tries import Trie
@@ -31,7 +42,7 @@ ROW_ARGUMENTS = {
     "linear_backward": ["grad"],
     "embedding_scores": ["values", "grads"],
 }
-KEPT = {"normed", "rstd", "q_normed", "q_rstd", "k_normed", "k_rstd", "d_gate", "d_up"}
+KEPT = {"normed", "rstd", "q_normed", "q_rstd", "k_normed", "k_rstd", "d_gate", "d_up", "activated"}
 
 
 def same(a: Outputs, b: Outputs) -> bool:
@@ -41,16 +52,18 @@ def same(a: Outputs, b: Outputs) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "shown"), VARIANTS)
 @pytest.mark.parametrize("table", TABLES)
-def test_runs_and_threads_change_no_bit(table: str, op: str, dtype: torch.dtype) -> None:
+def test_runs_and_threads_change_no_bit(
+    table: str, op: str, shown: bool, dtype: torch.dtype
+) -> None:
     if usable(table):
         pytest.skip(str(usable(table)))
     with kernels(table):
-        a = many_rows(op, Draw(dtype, 1))
+        a = many_rows(op, Draw(dtype, 1), shown)
         once = run(op, a)
         assert same(run(op, a), once)
-        for count in (2, 3):
+        for count in (1, 2, 3, 5):
             with threads(count):
                 assert same(run(op, a), once), f"{count} threads"
 
@@ -98,10 +111,10 @@ def rows_of(op: str, a: Arguments, rows: list[int]) -> Arguments:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ROW_ARGUMENTS)
-def test_rows_are_the_same_alone_and_in_any_order(op: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "shown"), [v for v in VARIANTS if v[0] in ROW_ARGUMENTS])
+def test_rows_are_the_same_alone_and_in_any_order(op: str, shown: bool, dtype: torch.dtype) -> None:
     """To the bit: a row's sums do not depend on which rows it is computed with."""
-    a = many_rows(op, Draw(dtype, 2))
+    a = many_rows(op, Draw(dtype, 2), shown)
     together = run(op, a)
     count = len(next(iter(rows_of(op, a, []).values()))) or len(a[ROW_ARGUMENTS[op][0]])
     order = Draw(dtype, 3).order(count).tolist()
@@ -273,10 +286,16 @@ def sizes(draw: st.DrawFn) -> Sizes:
     rows=st.integers(0, 40),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
+    shown=st.booleans(),
 )
 @settings(max_examples=120)
-def test_dense_halves_of_any_shape_are_exact_on_integers(op, sizes, rows, dtype, seed) -> None:
-    a = getattr(native_arguments, f"{op}_integers")(Draw(dtype, seed), sizes, rows)
+def test_dense_halves_of_any_shape_are_exact_on_integers(
+    op, sizes, rows, dtype, seed, shown
+) -> None:
+    options = {"shown": shown} if op in SHOWN else {}
+    if op.startswith("qkv"):
+        options["norms"] = seed % 2 == 1
+    a = getattr(native_arguments, f"{op}_integers")(Draw(dtype, seed), sizes, rows, **options)
     got, expected = run(op, a), ORACLES[op](a, EXACT)
     assert {n: equal_bits(got[n], expected[n]) for n in expected} == dict.fromkeys(expected)
 

@@ -364,7 +364,7 @@ template <class S, class T>
 void qkv_backward_as(const QkvBackward& in) {
     const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
     const i64 q_width = in.heads * dim, kv_width = in.kv_heads * dim;
-    const bool shown = in.projected != nullptr;
+    const bool shown = in.norm_products != nullptr;
     const S* input_norm = static_cast<const S*>(in.input_norm);
     const Linear none;
     const Plain<T, S> weight{
@@ -372,7 +372,10 @@ void qkv_backward_as(const QkvBackward& in) {
                    in.dv != nullptr ? in.v : none),
         shown ? nullptr : input_norm};
     const i64 width = weight.depth();
-    if (width == 0) return;
+    if (width == 0) {
+        if (shown) std::memset(in.norm_products, 0, size_t(in.rows * hidden) * sizeof(float));
+        return;
+    }
     const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling, in.q_norm_products};
     const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f, in.k_norm_products};
     each_chunk(in.rows, [&](i64 start, i64 rows) {

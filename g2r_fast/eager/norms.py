@@ -55,7 +55,8 @@ def _by_gram(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             i, j = slice(start, start + _GRAM_ROWS), slice(other, other + _GRAM_ROWS)
             block = product_nt(a[i], a[j]).mul_(product_nt(b[i], b[j])).sum(dtype=torch.float64)
             total += block if start == other else 2 * block
-    return total
+    # Where the terms cancel, what is left of them may be below 0.
+    return total.clamp_(min=0.0)
 
 
 def _by_gradient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

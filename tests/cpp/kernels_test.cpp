@@ -5,12 +5,15 @@
 //   kernels_test TABLE [large]     0: passed, 1: failed, 77: this processor has no such table
 #include "attention_test.h"
 #include "linear_test.h"
+#include "norms_test.h"
 #include "residuals_test.h"
+#include "stages_test.h"
 #include "threads.h"
 
 namespace {
 
 using namespace kernels_test;
+using Lengths = std::vector<int64_t>;
 
 void test_embedding_scores(const g2r::Kernels& kernels, int64_t rows, int64_t lanes,
                            int64_t width) {
@@ -71,246 +74,14 @@ void test_attribution_rewards(const g2r::Kernels& kernels, int64_t segments, boo
     check(equal, "a reward", "attribution_rewards");
 }
 
-// Rows of ±1 have a norm of exactly 1: values are the integers of the plain product.
-void test_qkv_forward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
-                      bool norms, bool queries, int64_t kept) {
-    const int64_t q_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
-    const Buffer<float> x(rows * s.hidden), cos(rows * s.head_dim / 2), sin(rows * s.head_dim / 2);
-    for (int64_t i = 0; i < x.size(); ++i) x[i] = draw(0, 1) ? 1.0f : -1.0f;
-    constant(cos, 0.0f);
-    constant(sin, 1.0f);
-    const Stored input_norm(dtype, s.hidden), q_norm(dtype, s.head_dim), k_norm(dtype, s.head_dim);
-    constant(input_norm, 1.0f);
-    constant(q_norm, 2.0f);
-    constant(k_norm, 2.0f);
-    const Stored wq(dtype, q_width * s.hidden), wk(dtype, kv_width * s.hidden),
-        wv(dtype, kv_width * s.hidden), bv(dtype, kv_width);
-    sparse(wq, q_width, s.hidden, 1);
-    sparse(wk, kv_width, s.hidden, 1);
-    sparse(wv, kv_width, s.hidden, 4);
-    integers(bv, 3);
-    const Buffer<int32_t> keep(rows);
-    for (int64_t r = 0; r < rows; ++r) keep[r] = r < kept ? static_cast<int32_t>(kept - 1 - r) : -1;
-    const Stored normed(dtype, kept * s.hidden), q_normed(dtype, kept * q_width),
-        k_normed(dtype, kept * kv_width);
-    const Buffer<float> rstd(kept), q_rstd(kept * s.heads), k_rstd(kept * s.kv_heads);
-    const Stored q(dtype, rows * q_width), k(dtype, rows * kv_width), v(dtype, rows * kv_width);
-
-    g2r::QkvForward op{};
-    op.dtype = dtype;
-    op.rows = rows, op.hidden = s.hidden;
-    op.heads = queries ? s.heads : 0, op.kv_heads = s.kv_heads, op.head_dim = s.head_dim;
-    op.x = x.get(), op.input_norm = input_norm.get();
-    op.k = linear_of(wk, nullptr, kv_width, s.hidden);
-    op.v = linear_of(wv, &bv, kv_width, s.hidden);
-    op.cos = cos.get(), op.sin = sin.get(), op.keep = keep.get();
-    op.norm = {normed.get(), rstd.get()};
-    op.k_out = k.get(), op.v_out = v.get();
-    op.eps = 0.0f, op.scaling = 0.5f;
-    if (queries) {
-        op.q = linear_of(wq, nullptr, q_width, s.hidden);
-        op.q_out = q.get();
-    }
-    if (norms) {
-        op.k_norm = k_norm.get();
-        op.k_kept = {k_normed.get(), k_rstd.get()};
-        if (queries) {
-            op.q_norm = q_norm.get();
-            op.q_kept = {q_normed.get(), q_rstd.get()};
-        }
-    }
-    kernels.qkv_forward(op);
-    bool equal = true;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t n = 0; n < kv_width; ++n) {
-            float value = bv[n], key = 0.0f;
-            // A quarter turn: the first half is minus the second, the second half is the first.
-            const int64_t i = n % s.head_dim, half = s.head_dim / 2;
-            const int64_t from = i < half ? n + half : n - half;
-            for (int64_t h = 0; h < s.hidden; ++h) {
-                value += x[r * s.hidden + h] * wv[n * s.hidden + h];
-                key += x[r * s.hidden + h] * wk[from * s.hidden + h];
-            }
-            key *= (i < half ? -1.0f : 1.0f) * (norms ? 2.0f : 1.0f);
-            equal = equal && v[r * kv_width + n] == value && k[r * kv_width + n] == key;
-        }
-    check(equal, "keys or values", "qkv_forward");
-    check(!queries || finite(q), "queries", "qkv_forward");
-    check(finite(normed) && finite(rstd), "what is kept", "qkv_forward");
-    check(!norms || (finite(k_normed) && finite(k_rstd)), "kept heads", "qkv_forward");
-}
-
-void test_mlp_forward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
-                      int64_t activation, int64_t kept) {
-    const int64_t mixed = s.heads * s.head_dim;
-    const Buffer<float> x(rows * s.hidden);
-    integers(x, 3);
-    const Stored attended(dtype, rows * mixed), wo(dtype, s.hidden * mixed),
-        gate(dtype, s.width * s.hidden), up(dtype, s.width * s.hidden),
-        down(dtype, s.hidden * s.width), post_norm(dtype, s.hidden), bias(dtype, s.hidden),
-        wide_bias(dtype, s.width);
-    integers(attended, 2);
-    sparse(wo, s.hidden, mixed, 3);
-    sparse(gate, s.width, s.hidden, 3);
-    sparse(up, s.width, s.hidden, 3);
-    sparse(down, s.hidden, s.width, 3);
-    constant(post_norm, 1.0f);
-    integers(bias, 2);
-    integers(wide_bias, 2);
-    const Buffer<int32_t> keep(rows);
-    for (int64_t r = 0; r < rows; ++r) keep[r] = r < kept ? static_cast<int32_t>(kept - 1 - r) : -1;
-    const Stored normed(dtype, kept * s.hidden), d_gate(dtype, kept * s.width),
-        d_up(dtype, kept * s.width);
-    const Buffer<float> rstd(kept);
-    g2r::MlpForward op{};
-    op.dtype = dtype, op.activation = static_cast<g2r::Activation>(activation);
-    op.rows = rows, op.hidden = s.hidden, op.width = s.width, op.attended_width = mixed;
-    op.x = x.get(), op.attended = attended.get();
-    op.o = linear_of(wo, &bias, s.hidden, mixed);
-    op.gate = linear_of(gate, &wide_bias, s.width, s.hidden);
-    op.up = linear_of(up, nullptr, s.width, s.hidden);
-    op.down = linear_of(down, &bias, s.hidden, s.width);
-    op.post_norm = post_norm.get(), op.keep = keep.get();
-    op.norm = {normed.get(), rstd.get()};
-    op.d_gate = d_gate.get(), op.d_up = d_up.get();
-    op.eps = 1e-5f;
-    kernels.mlp_forward(op);
-    check(finite(x) && finite(normed) && finite(rstd) && finite(d_gate) && finite(d_up),
-          "an output", "mlp_forward");
-}
-
-// Saved rows of zero: the norm's gradient is its rstd, and everything an integer.
-void test_mlp_backward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
-                       int64_t kept) {
-    const int64_t mixed = s.heads * s.head_dim;
-    const Buffer<float> dx(rows * s.hidden), rstd(kept);
-    const Buffer<int32_t> saved(rows);
-    integers(dx, 1);
-    constant(rstd, 1.0f);
-    for (int64_t r = 0; r < rows; ++r) saved[r] = static_cast<int32_t>(draw(0, kept - 1));
-    const Stored wo(dtype, s.hidden * mixed), gate(dtype, s.width * s.hidden),
-        up(dtype, s.width * s.hidden), down(dtype, s.hidden * s.width), post_norm(dtype, s.hidden),
-        normed(dtype, kept * s.hidden), d_gate(dtype, kept * s.width), d_up(dtype, kept * s.width),
-        grad(dtype, rows * mixed);
-    sparse(wo, s.hidden, mixed, 1);
-    sparse(gate, s.width, s.hidden, 1);
-    sparse(up, s.width, s.hidden, 1);
-    sparse(down, s.hidden, s.width, 1);
-    constant(post_norm, 1.0f);
-    constant(normed, 0.0f);
-    integers(d_gate, 1);
-    integers(d_up, 1);
-    std::vector<float> before(dx.get(), dx.get() + dx.size());
-    g2r::MlpBackward op{};
-    op.dtype = dtype;
-    op.rows = rows, op.hidden = s.hidden, op.width = s.width, op.attended_width = mixed;
-    op.dx = dx.get(), op.saved = saved.get();
-    op.o = linear_of(wo, nullptr, s.hidden, mixed);
-    op.gate = linear_of(gate, nullptr, s.width, s.hidden);
-    op.up = linear_of(up, nullptr, s.width, s.hidden);
-    op.down = linear_of(down, nullptr, s.hidden, s.width);
-    op.post_norm = post_norm.get(), op.normed = normed.get(), op.rstd = rstd.get();
-    op.d_gate = d_gate.get(), op.d_up = d_up.get(), op.grad_attended = grad.get();
-    kernels.mlp_backward(op);
-    bool equal = true;
-    for (int64_t r = 0; r < rows; ++r) {
-        std::vector<float> row(before.begin() + r * s.hidden, before.begin() + (r + 1) * s.hidden);
-        std::vector<float> out = row;
-        for (int64_t i = 0; i < s.width; ++i) {
-            float act = 0.0f;
-            for (int64_t h = 0; h < s.hidden; ++h)
-                act += row[static_cast<size_t>(h)] * down[h * s.width + i];
-            const float to_gate = act * d_gate[saved[r] * s.width + i];
-            const float to_up = act * d_up[saved[r] * s.width + i];
-            for (int64_t h = 0; h < s.hidden; ++h)
-                out[static_cast<size_t>(h)] +=
-                    to_gate * gate[i * s.hidden + h] + to_up * up[i * s.hidden + h];
-        }
-        for (int64_t h = 0; h < s.hidden; ++h)
-            equal = equal && dx[r * s.hidden + h] == out[static_cast<size_t>(h)];
-        for (int64_t i = 0; i < mixed; ++i) {
-            float sum = 0.0f;
-            for (int64_t h = 0; h < s.hidden; ++h)
-                sum += out[static_cast<size_t>(h)] * wo[h * mixed + i];
-            // Sums beyond 256 are no longer exact in bfloat16.
-            equal = equal && (std::fabs(sum) > 256.0f || grad[r * mixed + i] == sum);
-        }
-    }
-    check(equal, "a gradient", "mlp_backward");
-}
-
-void test_qkv_backward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
-                       bool norms, bool queries, bool keys, int64_t kept) {
-    const int64_t q_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
-    const Buffer<float> dx(rows * s.hidden), rstd(kept), cos(kept * s.head_dim / 2),
-        sin(kept * s.head_dim / 2), dk(rows * kv_width), dv(rows * kv_width),
-        q_rstd(kept * s.heads), k_rstd(kept * s.kv_heads);
-    const Buffer<int32_t> saved(rows);
-    for (int64_t r = 0; r < rows; ++r) saved[r] = static_cast<int32_t>(draw(0, kept - 1));
-    integers(dx, 2);
-    integers(dk, 2);
-    integers(dv, 2);
-    constant(cos, 1.0f);
-    constant(sin, 0.0f);
-    constant(rstd, 1.0f);
-    constant(q_rstd, 1.0f);
-    constant(k_rstd, 1.0f);
-    const Stored input_norm(dtype, s.hidden), q_norm(dtype, s.head_dim), k_norm(dtype, s.head_dim),
-        wq(dtype, q_width * s.hidden), wk(dtype, kv_width * s.hidden),
-        wv(dtype, kv_width * s.hidden), dq(dtype, rows * q_width), normed(dtype, kept * s.hidden),
-        q_normed(dtype, kept * q_width), k_normed(dtype, kept * kv_width);
-    integers(dq, 2);
-    constant(input_norm, 1.0f);
-    constant(q_norm, 1.0f);
-    constant(k_norm, 1.0f);
-    constant(normed, 0.0f);
-    constant(q_normed, 0.0f);
-    constant(k_normed, 0.0f);
-    sparse(wq, q_width, s.hidden, 2);
-    sparse(wk, kv_width, s.hidden, 2);
-    sparse(wv, kv_width, s.hidden, 2);
-    std::vector<float> expected(dx.get(), dx.get() + dx.size());
-    const auto add = [&](const auto& grads, const Stored& weight, int64_t width, float scale) {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t n = 0; n < width; ++n)
-                for (int64_t h = 0; h < s.hidden; ++h)
-                    expected[static_cast<size_t>(r * s.hidden + h)] +=
-                        scale * grads[r * width + n] * weight[n * s.hidden + h];
-    };
-    g2r::QkvBackward op{};
-    op.dtype = dtype;
-    op.rows = rows, op.hidden = s.hidden, op.head_dim = s.head_dim;
-    op.heads = queries ? s.heads : 0, op.kv_heads = keys ? s.kv_heads : 0;
-    op.dx = dx.get(), op.saved = saved.get(), op.input_norm = input_norm.get();
-    op.cos = cos.get(), op.sin = sin.get(), op.normed = normed.get(), op.rstd = rstd.get();
-    op.scaling = 2.0f;
-    if (queries) {
-        op.dq = dq.get();
-        op.q = linear_of(wq, nullptr, q_width, s.hidden);
-        if (norms) op.q_norm = q_norm.get(), op.q_kept = {q_normed.get(), q_rstd.get()};
-        add(dq, wq, q_width, 2.0f);
-    }
-    if (keys) {
-        op.dk = dk.get(), op.dv = dv.get();
-        op.k = linear_of(wk, nullptr, kv_width, s.hidden);
-        op.v = linear_of(wv, nullptr, kv_width, s.hidden);
-        if (norms) op.k_norm = k_norm.get(), op.k_kept = {k_normed.get(), k_rstd.get()};
-        add(dk, wk, kv_width, 1.0f);
-        add(dv, wv, kv_width, 1.0f);
-    }
-    kernels.qkv_backward(op);
-    bool equal = true;
-    for (int64_t i = 0; i < dx.size(); ++i)
-        equal = equal && dx[i] == expected[static_cast<size_t>(i)];
-    check(equal, "a gradient", "qkv_backward");
-}
-
 void test_dense(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
                 int64_t kept, bool norms, bool queries, bool keys) {
     test_qkv_forward(kernels, dtype, rows, s, norms, queries, draw(0, 1) ? kept : 0);
-    test_qkv_backward(kernels, dtype, rows, s, norms, queries || !keys, keys, kept);
-    test_mlp_forward(kernels, dtype, rows, s, rows % 3, kept);
-    test_mlp_backward(kernels, dtype, rows, s, kept);
+    for (bool shown : {false, true}) {
+        test_qkv_backward(kernels, dtype, rows, s, norms, queries || !keys, keys, kept, shown);
+        test_mlp_forward(kernels, dtype, rows, s, rows % 3, kept, shown);
+        test_mlp_backward(kernels, dtype, rows, s, kept, shown);
+    }
     test_linear(kernels, dtype, rows, s.hidden, draw(1, 150));
     test_linear_backward(kernels, dtype, rows, s.hidden, draw(1, 150));
 }
@@ -321,13 +92,16 @@ void test_large(const g2r::Kernels& kernels, Dtype dtype) {
     const Sizes wide{528, 2, 1, 16, 1104};
     test_dense(kernels, dtype, 13, wide, 5, true, true, true);
     const Sizes heads{16, 40, 5, 16, 32};  // wider together than a sum
-    test_qkv_backward(kernels, dtype, 7, heads, true, true, true, 4);
-    test_mlp_forward(kernels, dtype, 7, heads, 0, 4);
+    test_qkv_backward(kernels, dtype, 7, heads, true, true, true, 4, true);
+    test_mlp_forward(kernels, dtype, 7, heads, 0, 4, true);
     test_linear(kernels, dtype, 7, wide.hidden, wide.width);
     test_linear_backward(kernels, dtype, 7, 16, wide.width);
     test_linear_backward(kernels, dtype, 3, 16, 0);
     for (int64_t window : {0, 1, 70})
         test_attention(kernels, dtype, {32, 2, 1, 16, 32}, window, 0.0f, 300);
+    // More rows of Gram matrices than a task takes, and more terms of a gradient than a slice.
+    test_squared_gradient_norms(kernels, dtype, 1280, 1280, {1100}, 3);
+    test_squared_gradient_norms(kernels, dtype, 1031, 80, {600, 1025}, 3);
 }
 
 // With rows enough, every one of three threads takes rows of its own through a stage.
@@ -344,6 +118,8 @@ void test_threads(const g2r::Kernels& kernels, Dtype dtype) {
     test_attribution_rewards(kernels, 40, true);
     test_residual_sums(kernels, 37, 5003);
     test_residual_sums(kernels, 4000, 16);
+    test_squared_gradient_norms(kernels, dtype, 97, 200, {70, 0, 5, 200}, 5);
+    test_squared_row_sums(kernels, dtype, 80, {70, 0, 5, 200});
 }
 
 void test_all(const g2r::Kernels& kernels, Dtype dtype) {
@@ -368,6 +144,12 @@ void test_all(const g2r::Kernels& kernels, Dtype dtype) {
     for (int64_t columns : {1, 2, 15, 16, 17, 63, 97, 1030, 2100})
         test_residual_sums(kernels, draw(1, 9), columns);
     test_residual_sums(kernels, 300, 33);
+    for (const Lengths& lengths : {Lengths{}, {0}, {1}, {0, 3, 0, 64}, {65, 5, 6, 63, 130, 0}}) {
+        for (int64_t in : {1, 16, 33, 80, 130})
+            test_squared_gradient_norms(kernels, dtype, in, draw(1, 150), lengths, 4);
+        test_squared_gradient_norms(kernels, dtype, 272, 128, lengths, 4);
+        for (int64_t width : {16, 64, 80}) test_squared_row_sums(kernels, dtype, width, lengths);
+    }
 }
 
 }  // namespace
