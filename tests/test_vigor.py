@@ -77,6 +77,24 @@ def test_float32_equals_the_stock_model(
     assert all(backend in one.done.backend for one in ran)
 
 
+@pytest.mark.parametrize("variant", ["qwen3-biases", "llama-tied"])
+def test_triton_under_its_interpreter(
+    variant: str, ran: list[Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One subset of the parameters for each kind of kernel, as a program takes milliseconds."""
+    pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
+    monkeypatch.setenv("G2R_BACKEND", "triton")
+    model = tiny_variant(variant, num_hidden_layers=2)
+    rows = rows_of_every_kind().at([1, 2, 8])
+    squares = squares_of_stock(model, rows)
+    for subset in ("all", "norms", "biases", "q and v"):
+        if train_only(model, SUBSETS[subset]):
+            found = norms(model, rows, "trainable")
+            assert worst(found, total(squares, SUBSETS[subset])) <= STOCK, subset
+    assert worst(norms(model, rows, "lm_head"), stock_head_norms(model, rows)) <= STOCK
+    assert all("triton" in one.done.backend for one in ran)
+
+
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen2", "qwen3-biases", "mistral"])
 def test_float32_of_one_backward_at_a_time(variant: str) -> None:
     model, rows = tiny_variant(variant), rows_of_every_kind()

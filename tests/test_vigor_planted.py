@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_vigor_batches import test_running_out_of_cuda_memory_counts_nothing_twice as out_of_memory
 from test_vigor_batches import test_the_padding_row_gets_no_gradient as padding_row
+from test_vigor_policies import test_some_of_the_adapters as some_of_the_adapters
 from test_vigor_precision import test_a_sure_completion_keeps_its_digits as sure_completion
 from test_vigor_precision import test_float16 as float16
 from test_vigor_ranks import BY_HAND
@@ -117,6 +118,11 @@ def memory_that_runs_out() -> None:
         out_of_memory(60, patch)
 
 
+def the_adapters() -> None:
+    for half in (".lora_A.", ".lora_B."):
+        some_of_the_adapters(half, "packed")
+
+
 def ranks_by_hand() -> None:
     for name in BY_HAND:
         rank_by_hand(name)
@@ -137,6 +143,7 @@ RULES: dict[str, Callable[[], None]] = {
         a_sure_completion,
         half_precision,
         memory_that_runs_out,
+        the_adapters,
         ranks_by_hand,
     )
 }
@@ -342,6 +349,14 @@ BUGS: dict[str, tuple[str, Plant]] = {
     ),
     "counted again after running out": (
         "memory_that_runs_out", around(NormSignal, "cotangents", not_reset),
+    ),
+    "an adapter's scale forgotten": (
+        "the_adapters",
+        around(
+            NormSignal,
+            "_add_adapter",
+            lambda plain, self, adapter, *rest: plain(self, replace(adapter, scale=1.0), *rest),
+        ),
     ),
     "without the length": ("ranks_by_hand", ranks(lambda n, t, size: (n, t.clamp(max=1)))),
     "the length without its root": ("ranks_by_hand", ranks(lambda n, t, size: (n, t**2))),
