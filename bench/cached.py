@@ -26,6 +26,7 @@ from transformers import Cache, PreTrainedModel
 from bench.tuned import Tuning, tuned
 from bench.workload import Workload
 from g2r_fast.compare import fork_cache as fork
+from g2r_fast.key_values import cache_of, cached
 
 __all__ = [
     "Answer",
@@ -50,7 +51,7 @@ SHORT = 128
 def prompt_cache(model: PreTrainedModel, workload: Workload, **extra: Any) -> Cache:
     """K and V of the prompt, computed once, without a graph."""
     prompt = workload.prompt[None]
-    return model.model(input_ids=prompt, use_cache=True, **extra).past_key_values
+    return cache_of(model.model(input_ids=prompt, use_cache=True, **extra))
 
 
 @contextmanager
@@ -85,13 +86,13 @@ def cached_loop_simple(model: PreTrainedModel, workload: Workload) -> Answer:
         prompt = prompt_cache(model, workload)
         for i, response in enumerate(workload.responses):
             embeds = embed(response[None]).requires_grad_()
-            prefix = model.model(
-                inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True
-            ).past_key_values
+            prefix = cache_of(
+                model.model(inputs_embeds=embeds, **cached(model, fork(prompt)), use_cache=True)
+            )
             for k, tail in enumerate(workload.tails):
                 logits = model(
                     input_ids=tail[None],
-                    past_key_values=fork(prefix),
+                    **cached(model, fork(prefix)),
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[0, -1]
@@ -171,21 +172,23 @@ def _batched_tails(
         tuning.last_rows = slice(0, 0)
         tuning.hidden_keys = padding if len(batch) > 1 else None
         embeds = embed(ids).requires_grad_()
-        prefix = model.model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            past_key_values=forked(prompt, len(batch)),
-            use_cache=True,
-            **extra,
-        ).past_key_values
+        prefix = cache_of(
+            model.model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                **cached(model, forked(prompt, len(batch))),
+                use_cache=True,
+                **extra,
+            )
+        )
         shared = [x for layer in prefix.layers for x in (layer.keys, layer.values)]
 
         # Cut the graph: every item gets its own K/V leaf, so that one backward through the
         # batch of tails returns the K items' gradients apart.
         leaves = [_repeated(x.detach(), items).requires_grad_() for x in shared]
         cache = fork(prefix)
-        cached: list[Any] = cache.layers
-        for layer, keys, values in zip(cached, leaves[::2], leaves[1::2], strict=True):
+        own: list[Any] = cache.layers
+        for layer, keys, values in zip(own, leaves[::2], leaves[1::2], strict=True):
             layer.keys, layer.values = keys, values
         tails = torch.stack(workload.tails * len(batch))
         behind = torch.arange(1, 1 + tails.shape[1], device=tails.device)
@@ -195,7 +198,7 @@ def _batched_tails(
             padding = torch.cat([padding, padding.new_zeros(len(batch), tails.shape[1])], 1)
             tuning.hidden_keys = padding.repeat_interleave(items, 0)
         hidden = model.model(
-            input_ids=tails, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+            input_ids=tails, position_ids=positions, **cached(model, cache), use_cache=True, **extra
         ).last_hidden_state[:, -1]
         logp = torch.log_softmax(model.lm_head(hidden).float(), -1)[:, workload.target_id]
         logps.append(logp.detach())
@@ -249,7 +252,7 @@ def _single_tail(
         hidden = model.model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=forked(prompt, len(batch)),
+            **cached(model, forked(prompt, len(batch))),
             use_cache=True,
             **extra,
         ).last_hidden_state[:, -1]

@@ -20,6 +20,7 @@ from bench.signal_flops import stock, swapped
 from bench.signal_workload import Answer, Rollouts, SignalRival, hidden_states
 from bench.tuned import product_nn, product_nt, tuned
 from bench.workload import Workload
+from g2r_fast.key_values import cached
 
 __all__ = ["G2RL_RIVALS", "full_logits_gradient", "tuned_states"]
 
@@ -58,7 +59,7 @@ def tuned_states(model: PreTrainedModel, rollouts: Rollouts) -> list[Tensor]:
             out = model.model(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=forked(prompt, len(batch)),
+                **cached(model, forked(prompt, len(batch))),
                 use_cache=True,
                 **extra,
             ).last_hidden_state

@@ -25,6 +25,7 @@ from bench.signal_flops import stock, swapped
 from bench.signal_workload import Answer, Rollouts, SignalRival
 from bench.tuned import tuned
 from bench.workload import Workload
+from g2r_fast.key_values import cached
 
 __all__ = ["GRAIL_RIVALS", "loop"]
 
@@ -97,7 +98,7 @@ def cached_loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
         for i, (start, _, _, stop) in enumerate(rollouts.spans):
             embeds = model.get_input_embeddings()(_needed(rollouts, i)[None]).requires_grad_()
             hidden = model.model(
-                inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True
+                inputs_embeds=embeds, **cached(model, fork(prompt)), use_cache=True
             ).last_hidden_state[0, start:stop]
             logits = model.lm_head(hidden)
             loss = _loss(logits, rollouts.completions[i][start:stop], rollouts.temperature)
@@ -127,7 +128,7 @@ def tuned_cached_loop(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
             hidden = model.model(
                 inputs_embeds=embeds,
                 position_ids=positions,
-                past_key_values=forked(prompt, len(batch)),
+                **cached(model, forked(prompt, len(batch))),
                 use_cache=True,
                 **extra,
             ).last_hidden_state

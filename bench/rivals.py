@@ -30,6 +30,7 @@ from bench.cached import (
 from bench.ours import ours, ours_reference
 from bench.packed import packed_cached_loop, packed_loop
 from bench.workload import SPECIAL_IDS, Workload
+from g2r_fast.key_values import cached
 
 __all__ = ["RIVALS", "Answer", "Passes", "Rival", "Unavailable"]
 
@@ -94,7 +95,10 @@ def prompt_cached_loop(model: PreTrainedModel, workload: Workload) -> Answer:
         embeds = model.get_input_embeddings()(ids[None]).requires_grad_()
         with grouped_query_sdpa(model):
             logits = model(
-                inputs_embeds=embeds, past_key_values=fork(prompt), use_cache=True, logits_to_keep=1
+                inputs_embeds=embeds,
+                **cached(model, fork(prompt)),
+                use_cache=True,
+                logits_to_keep=1,
             ).logits
         logp = _log_probability(logits[0, -1], workload)
         logps.append(logp.detach())

@@ -29,6 +29,7 @@ from bench.tuned import onednn_linears
 from bench.workload import Workload
 from g2r_fast.engine import PackedEngine
 from g2r_fast.grad2reward import AttributionConfig, VerdictSignal
+from g2r_fast.key_values import cached
 from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder
 from g2r_fast.reference_logps import WithReference
@@ -70,7 +71,7 @@ def prompt_cached(model: PreTrainedModel, workload: Workload) -> list[Tensor]:
         for response in workload.responses:
             ids = torch.cat([workload.prompt[-1:], response[:-1]])
             logits = model(
-                input_ids=ids[None], past_key_values=fork(prompt), use_cache=True
+                input_ids=ids[None], **cached(model, fork(prompt)), use_cache=True
             ).logits[0]
             found.append(gather(logits, response))
     return found

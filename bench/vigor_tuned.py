@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from bench.cached import fork
 from bench.signal_workload import Answer, Rollouts
 from bench.tuned import product_nn, product_nt, product_tn, swapped_forwards, transposed, tuned
+from g2r_fast.key_values import cache_of, cached
 
 __all__ = ["head_only_norms", "whole_norms"]
 
@@ -161,13 +162,13 @@ def whole_norms(model: PreTrainedModel, rollouts: Rollouts) -> Answer:
         tuning = extra["tuning"]
         tuning.last_rows = slice(0, 0)  # of the prompt's rows nobody reads the last layer's output
         leaf = embed(rollouts.prompt[None, :-1]).requires_grad_()
-        prompt = model.model(inputs_embeds=leaf, use_cache=True, **extra).past_key_values
+        prompt = cache_of(model.model(inputs_embeds=leaf, use_cache=True, **extra))
         tuning.last_rows = slice(None)
         for completion in rollouts.completions:
             ids = torch.cat([rollouts.prompt[-1:], completion[:-1]])
             own = embed(ids[None]).requires_grad_()
             hidden = model.model(
-                inputs_embeds=own, past_key_values=fork(prompt), use_cache=True, **extra
+                inputs_embeds=own, **cached(model, fork(prompt)), use_cache=True, **extra
             ).last_hidden_state
             h = hidden.detach()[0]
             rho = _cotangents(product_nt(h, weight), completion).to(weight.dtype)

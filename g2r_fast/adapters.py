@@ -44,7 +44,7 @@ def base_model(model: Any) -> Any:
         return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError(
-            "the judge has a prompt-learning adapter, which adds positions of its own",
+            "the model has a prompt-learning adapter, which adds positions of its own",
             expected="an adapter inside the layers, such as LoRA, or none",
             fix="Pass model.get_base_model().",
         )

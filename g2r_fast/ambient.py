@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["plain_torch"]
+__all__ = ["plain_torch", "without_checkpoints"]
 
 
 @contextmanager
@@ -29,3 +29,17 @@ def plain_torch() -> Iterator[None]:
             stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
             products.fp32_precision = "ieee"
         yield
+
+
+@contextmanager
+def without_checkpoints(model: torch.nn.Module) -> Iterator[None]:
+    """While inside, no gradient checkpoints: reentrant ones know only `backward()`, which writes to
+    the parameters' `.grad`."""
+    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

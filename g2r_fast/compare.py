@@ -21,6 +21,7 @@ from torch import Tensor
 from .engine import choose_engine
 from .grad2reward import AttributionConfig, VerdictSignal
 from .judge import Judge
+from .key_values import cache_argument, cache_of, cached
 from .plan import PackedSequence
 from .records import Record
 
@@ -81,21 +82,21 @@ def cached_loop(model: Any, group: JudgedGroup, objective: Objective, is_true: D
     scores: list[Tensor | None] = []
     values: list[float] = []
     with torch.no_grad():
-        prompt = model(
-            input_ids=group.prompt[None], use_cache=True, logits_to_keep=1
-        ).past_key_values
+        prompt = cache_of(model(input_ids=group.prompt[None], use_cache=True, logits_to_keep=1))
     for i, response in enumerate(group.responses):
         embeds = model.get_input_embeddings()(response[None]).requires_grad_()
-        prefix = model(
-            inputs_embeds=embeds,
-            past_key_values=fork_cache(prompt),
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values
+        prefix = cache_of(
+            model(
+                inputs_embeds=embeds,
+                **cached(model, fork_cache(prompt)),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        )
         for k, tail in enumerate(group.tails):
             logits = model(
                 input_ids=tail[None],
-                past_key_values=fork_cache(prefix),
+                **cached(model, fork_cache(prefix)),
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[0, -1]
@@ -130,9 +131,9 @@ def compare(
     Medians of 3 alternating runs, on the verdict's log-odds; every objective, readout and tau
     costs the same passes.
     """
-    missing = {"logits_to_keep", "past_key_values"} - set(
-        inspect.signature(judge.model.forward).parameters
-    )
+    missing = {"logits_to_keep"} - set(inspect.signature(judge.model.forward).parameters)
+    if cache_argument(judge.model) is None:
+        missing.add("past_key_values")
     if missing:
         return f"compare: the loops need a model whose forward takes {', '.join(sorted(missing))}"
     if judge.model.dtype not in TOLERANCE:

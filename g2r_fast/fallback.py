@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .ambient import without_checkpoints
 from .errors import UnsupportedModelError
+from .key_values import cache_argument, cache_of, cached
 from .plan import PackedSequence, Read
 from .signal import LeafRows, LinearRows, Signal
 
@@ -55,7 +57,7 @@ class AutogradEngine:
         self._keeps_logits = "logits_to_keep" in parameters
         # Both ways are compared at the first shared prefix and at every longer one: a cache of a
         # sliding window may be right only while the window is not full.
-        self._cache_works = "past_key_values" in parameters
+        self._cache_works = cache_argument(model) is not None
         self._cache_works_to = 0
 
     def run(
@@ -97,6 +99,7 @@ class AutogradEngine:
         hidden = (signal.leaf or 0) > 0
         # A sequence that nothing comes back from needs no graph.
         with (
+            without_checkpoints(self.model),
             torch.set_grad_enabled(start < length and signal.leaf is not None),
             self._linears_read(signal, rows, (len(ids), keep)),
         ):
@@ -140,7 +143,7 @@ class AutogradEngine:
             kwargs["logits_to_keep"] = keep
         if cache is not None:
             # A copy: attention appends to the cache, and the next sequence needs it as it was.
-            kwargs["past_key_values"] = copy.deepcopy(cache)
+            kwargs |= cached(self.model, copy.deepcopy(cache))
         return self.model(inputs_embeds=embeds[None], use_cache=cache is not None, **kwargs)
 
     @torch.no_grad()
@@ -150,7 +153,7 @@ class AutogradEngine:
         kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
         try:
             output = self.model(input_ids=ids, use_cache=True, **kwargs)
-            cache = getattr(output, "past_key_values", None)
+            cache = cache_of(output)
             if cache is None:
                 self._cache_works = False
             elif len(prefix) > self._cache_works_to:

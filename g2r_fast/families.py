@@ -237,10 +237,10 @@ def _layer(name: str, layer: Any, family: Family, config: Any) -> LayerWeights:
 
 def _linear(module: Any) -> Linear:
     module = plain(module)
-    adapters = low_rank(module) or ()
-    base = module.base_layer if adapters else module
+    adapters = low_rank(module)
+    base = module if adapters is None else module.base_layer
     bias = None if base.bias is None else base.bias.detach()
-    return Linear(base.weight.detach(), bias, adapters)
+    return Linear(base.weight.detach(), bias, adapters or ())
 
 
 def _reasons(model: Any) -> list[str]:
@@ -335,7 +335,7 @@ def _low_rank_aside(
         if adapted and name.startswith(f"{adapted}."):
             continue
         hooks = module._forward_hooks or module._forward_pre_hooks
-        if name.endswith("_proj") and low_rank(module) and not hooks:
+        if name.endswith("_proj") and low_rank(module) is not None and not hooks:
             adapted, inner = name, module.base_layer
             yield name, inner  # type: ignore[misc]
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import plain
+from .ambient import without_checkpoints
 from .grad2reward import check_finite
 from .gradient_norms import Parameters, Scalar
 from .plan import PackedSequence, Read
@@ -29,7 +30,7 @@ def loop_norms(
     with (
         torch.enable_grad(),
         _live(chosen),
-        _without_checkpoints(policy),
+        without_checkpoints(policy),
         _cut_at_head(policy, parameters),
     ):
         for index, sequence in enumerate(sequences):
@@ -72,19 +73,6 @@ def _live(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def _without_checkpoints(policy: torch.nn.Module) -> Iterator[None]:
-    """Reentrant checkpoints know only `backward()`, which writes to the parameters' `.grad`."""
-    switched = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    try:
-        for module in switched:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextmanager

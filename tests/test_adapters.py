@@ -321,6 +321,7 @@ def test_plain_lora_that_is_on_is_packed(kind: str) -> None:
         policy.add_adapter("second", lora(target_modules=["o_proj", "q_proj"], r=2))
         policy.base_model.set_adapter(["default", "second"])
         trained(policy)
+        policy.add_adapter("third", lora(target_modules=["k_proj"], r=2))  # whose layers are idle
     before = state(policy)
     judge = judge_of(policy, "on")
     assert error(run(judge, "packed"), run(judge, "autograd")) <= 1e-4

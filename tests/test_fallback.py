@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from g2r_fast.engine import PackedEngine, choose_engine
 from g2r_fast.errors import UnsupportedModelError
 from g2r_fast.fallback import AutogradEngine
 from g2r_fast.grad2reward import TargetSignal
+from g2r_fast.key_values import cache_argument
 from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder, relative_error
 
@@ -88,17 +90,13 @@ def breaks_its_cache(model: Any, how: Callable[[Any], Any]) -> Any:
     broken = copy.deepcopy(model)
     forward = broken.forward
 
-    def wrong(
-        input_ids: Any = None, inputs_embeds: Any = None, past_key_values: Any = None, **kwargs: Any
-    ) -> Any:
-        if past_key_values is not None:
-            past_key_values = how(past_key_values)
-        return forward(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+    name = str(cache_argument(model))
+
+    @functools.wraps(forward)  # its signature says what it calls its cache
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(name) is not None:
+            kwargs[name] = how(kwargs[name])
+        return forward(*args, **kwargs)
 
     broken.forward = wrong
     return broken
