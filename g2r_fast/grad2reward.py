@@ -360,9 +360,9 @@ def check_finite(
     """Raise InputError where a model's logits hold NaN or infinity."""
     if not len(logits):
         return
-    lowest, highest = logits.aminmax(dim=-1)  # of a row with NaN both are NaN; no copy is made
-    finite = lowest.isfinite() & highest.isfinite()
-    if not bool(finite.all()):
+    ends = torch.stack(logits.aminmax())  # NaN where there is any; and no copy is made
+    if not bool(ends.isfinite().all()):
+        finite = torch.isfinite(logits).all(-1)
         # Reads come in the trie's order: the first offender is the caller's.
         first = min(reads[int(i)].sequence for i in (~finite).nonzero())
         raise InputError(

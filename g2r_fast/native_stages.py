@@ -240,6 +240,7 @@ def attention_backward(
 
 def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     out = torch.empty(len(x), len(layer.weight), dtype=torch.float32)
+    torch.ops.g2r_fast.prefer_large_pages(out)  # logits of a vocabulary
     torch.ops.g2r_fast.linear(x, layer.weight, layer.bias, out)
     return out
 
