@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +271,12 @@ def test_long_shared_prompts_and_many_reads() -> None:
     assert columns_of(sequences) == in_python(columns_of, sequences)
 
 
-@given(batches(), st.integers(1, 12), st.booleans(), st.data())
+@given(batches(), st.integers(1, 12), st.data())
 @settings(max_examples=200, deadline=None)
-@example(SHARING["prompt"], 4, True, None)
-@example(SHARING["chain"], 12, True, None)
+@example(SHARING["prompt"], 4, None)
+@example(SHARING["chain"], 12, None)
 def test_tables_against_their_definition(
-    sequences: list[PackedSequence], chunk: int, merge: bool, data: st.DataObject | None
+    sequences: list[PackedSequence], chunk: int, data: st.DataObject | None
 ) -> None:
     """Row by row from the segments; also where only some sequences come back."""
     plan = PackedPlan.build(sequences)
@@ -300,7 +301,7 @@ def test_tables_against_their_definition(
         for lane in segment.live
         if lane in chosen
     ]
-    rows = tables.backward_rows(plan, backward, chunk, merge)
+    rows = tables.backward_rows(plan, backward, chunk)
     assert rows.index.tolist() == [kept for _, _, kept, _ in back]
     assert [
         (position, lane)
@@ -348,7 +349,22 @@ def test_tables_against_their_definition(
         found += [(segment, lane, position) for position in block.positions.tolist()]
     assert found == [(r.segment, r.sequence, r.position) for r in reads]
     at = torch.arange(len(reads)).flip(0)
-    assert tables.backward_reads(reads, at, chunk, merge).index.tolist() == at.tolist()
+    assert tables.backward_reads(at, chunk).index.tolist() == at.tolist()
+
+    # By sequence, in the order of its positions: every backward row, and every read.
+    linears = tables.backward_linears(backward, dict.fromkeys(chosen, 3))
+    rows_of = {lane: [i for i, b in enumerate(back) if b[3] == lane] for lane in chosen}
+    for rows in rows_of.values():
+        assert [back[i][1] for i in rows] == sorted(back[i][1] for i in rows)
+    rows_of = {lane: rows for lane, rows in rows_of.items() if rows}
+    assert linears.lanes == tuple(sorted(rows_of)) and set(linears.exponents) <= {3}
+    assert linears.rows.tolist() == [i for lane in linears.lanes for i in rows_of[lane]]
+    assert linears.kept.tolist() == [back[i][2] for i in linears.rows.tolist()]
+    assert list(linears.offsets) == [0, *accumulate(len(rows_of[lane]) for lane in linears.lanes)]
+    shown = tables.read_linears(reads, at, {})
+    order = sorted(range(len(reads)), key=lambda i: (reads[i].sequence, reads[i].position))
+    assert shown.rows.tolist() == order and shown.kept.tolist() == at[order].tolist()
+    assert shown.lanes == tuple(sorted({read.sequence for read in reads}))
 
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
