@@ -22,7 +22,7 @@ from .ambient import without_checkpoints
 from .errors import UnsupportedModelError
 from .key_values import cache_argument, cache_of, cached
 from .plan import PackedSequence, Read
-from .signal import LeafRows, LinearRows, Signal
+from .signal import Cotangents, LeafRows, LinearRows, Signal
 
 __all__ = ["AutogradEngine", "EngineRun", "Progress"]
 
@@ -98,8 +98,10 @@ class AutogradEngine:
         keep = length - min(sequence.reads)
         hidden = (signal.leaf or 0) > 0
         # A sequence that nothing comes back from needs no graph.
+        head_inputs: list[Tensor] = []
         with (
             without_checkpoints(self.model),
+            self._head_watched(head_inputs, signal),
             torch.set_grad_enabled(start < length and signal.leaf is not None),
             self._linears_read(signal, rows, (len(ids), keep)),
         ):
@@ -113,13 +115,18 @@ class AutogradEngine:
             )
             logits = _by_position(output)
             shift = length - len(logits)
-            logits = logits[torch.tensor([p - shift for p in sequence.reads])]
+            at = [p - shift for p in sequence.reads]
+            logits = logits[torch.tensor(at)]
             leaf = live
             if hidden:
                 leaf = output.hidden_states[signal.leaf]
             wide = torch.promote_types(logits.dtype, torch.float32)
             cotangents = signal.cotangents(logits.detach().to(wide), reads)
-            if cotangents is None or not len(cotangents.reads) or start == length:
+            if cotangents is None or not len(cotangents.reads):
+                return len(ids), 0
+            if signal.leaf is None:
+                self._show_head(signal, index, head_inputs, cotangents, at)
+            if signal.leaf is None or start == length:
                 return len(ids), 0
             chosen = logits[torch.as_tensor(list(cotangents.reads), device=logits.device)]
             scale = _COTANGENT_SCALE.get(logits.dtype, 1.0)
@@ -137,6 +144,46 @@ class AutogradEngine:
         grads = grads.to(wide) / scale
         signal.on_leaf(rows, leaf.detach().to(wide), grads[:, None])
         return len(ids), length - start
+
+    @contextmanager
+    def _head_watched(self, seen: list[Tensor], signal: Signal) -> Iterator[None]:
+        """Keep what enters the LM head, for a signal that reads it and nothing behind it."""
+        if signal.leaf is not None or not signal.reads_linears:
+            yield
+            return
+        handle = self._head().register_forward_hook(
+            lambda module, inputs, output: seen.append(inputs[0].detach())
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _show_head(
+        self,
+        signal: Signal,
+        sequence: int,
+        seen: Sequence[Tensor],
+        cotangents: Cotangents,
+        at: Sequence[int],
+    ) -> None:
+        """`at`: rows of the head's input, one for each read."""
+        if not signal.reads_linears:
+            return
+        named = [at[i] for i in cotangents.reads]
+        values = cotangents.values
+        inputs = seen[-1].flatten(0, -2)[torch.tensor(named)].to(values.dtype)
+        every = torch.arange(len(named), dtype=torch.int32, device=values.device)
+        rows = LinearRows((sequence,), (0, len(named)), every, every, (0,))
+        head = self._head()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        signal.on_linear({name: values.shape[1]}, inputs, values, rows)
+
+    def _head(self) -> nn.Module:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise UnsupportedModelError(self.name, ["it has no LM head to read"])
+        return head
 
     def _forward(self, embeds: Tensor, cache: Any, keep: int, **kwargs: Any) -> Any:
         if self._keeps_logits:

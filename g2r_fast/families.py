@@ -78,7 +78,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The live parameters of one decoder layer; nothing is copied."""
+    """The live parameters of one decoder layer."""
 
     name: str
     input_norm: torch.Tensor
@@ -95,8 +95,8 @@ class LayerWeights:
     window: int | None
 
     def whole(self) -> LayerWeights:
-        """With adapters that are on in the weights: for the time of one layer, which costs less
-        than a hundredth of the layer's products and no second copy of the model."""
+        """With adapters that are on in weights of their own: for the time of one layer, no second
+        copy of the model. Of r ranks it costs r / rows of a product."""
         linears = {name: getattr(self, name) for name in ("q", "k", "v", "o", "gate", "up", "down")}
         if not any(linear.adapters for linear in linears.values()):
             return self

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import LowRank, low_rank, named_modules, plain
+from .cotangents import check_finite
 from .errors import InputError
-from .grad2reward import check_finite
 from .ops import squared_gradient_norms, squared_row_sums
 from .plan import PackedSequence, Read
 from .signal import Cotangents, LeafRows, LinearRows
@@ -98,6 +98,7 @@ class NormSignal:
     ) -> None:
         self._policy = policy
         self._sequences = sequences
+        self._labels = [sequence.label for sequence in sequences]
         self._scalar = scalar
         self._parameters = parameters
         embedding = plain(policy.get_input_embeddings())
@@ -120,7 +121,7 @@ class NormSignal:
         return self._squares.clamp(min=0.0).sqrt() * self._factors
 
     def cotangents(self, logits: Tensor, reads: Sequence[Read]) -> Cotangents | None:
-        check_finite(logits, reads, {i: s.label for i, s in enumerate(self._sequences)})
+        check_finite(logits, reads, self._labels)
         owners = [read.sequence for read in reads]
         starts = [i for i in range(len(owners)) if i == 0 or owners[i] != owners[i - 1]]
         parts = []

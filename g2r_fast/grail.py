@@ -19,9 +19,9 @@ from .adapters import base_model
 from .ambient import plain_torch
 from .answer_spans import AnswerSpan, find_answer_spans, read_answer_spans
 from .checks import check_lengths, check_max_tokens
+from .cotangents import check_finite, objective_cotangents
 from .engine import Engine, choose_engine
 from .errors import InputError, InputTypeError
-from .grad2reward import check_finite, objective_cotangents
 from .plan import PackedSequence, Read
 from .rollouts import Rollout, check_temperature, read_rollouts
 from .signal import Cotangents, LeafRows, ReadsNoLinears
@@ -182,11 +182,17 @@ def saliency_weights(
     overrides: bool = True,
     after_span: str = "included",
 ) -> Tensor:
-    """The rule of `token_weights` for one response: s `[T]` to w `[T]`, float64."""
+    """The rule of `token_weights` for one response: s `[T]` to w `[T]`, float64.
+
+    Raises InputError for unknown options, and without an advantage where the polarity needs one.
+    """
+    _check_rule(polarity, overrides, after_span)
     wide = saliency.double()
     weights = torch.ones_like(wide)
     if span is None:
         return weights
+    if advantage is None and polarity != "both":
+        raise InputError("the advantage is missing", expected=f"a number for polarity {polarity!r}")
     if _applies(polarity, advantage):
         stop = len(wide) if after_span == "included" else span.stop
         logs = (wide[:stop] + _FLOOR).log()

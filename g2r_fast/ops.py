@@ -293,7 +293,9 @@ def squared_gradient_norms(
 
     inputs `[n, in]` and grads `[r, out]` of one dtype. No weight gradient is formed: for M rows
     either two symmetric Gram matrices, M² (in + out) FLOPs, `sum((A @ A.T) * (B @ B.T))`, or the
-    gradient tile by tile, 2 M in out, whichever is less. Sums in float32, tiles in float64.
+    gradient tile by tile, 2 M in out, whichever is less. Products are float32, their squares and
+    sums float64 (within a Triton program float32): an entry of a gradient above 1e19 or below 1e-19
+    has no room.
     """
     run = eager_norms.squared_gradient_norms
     if triton_norms.serves(inputs):

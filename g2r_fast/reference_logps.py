@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from . import triton_scoring
-from .grad2reward import check_finite
+from .cotangents import check_finite
 from .plan import Read
 from .rollouts import Rollout
 from .signal import Cotangents, LeafRows, LinearRows, Signal

@@ -33,7 +33,7 @@ from .vigor_loop import loop_norms
 __all__ = ["gradient_norms", "rank_rewards", "scalar_gradient_norms"]
 
 # Share of the model's own bytes that what a micro-batch keeps may take: more gains nothing in speed
-# from some hundred rows on, and the method promises to stay below one copy of the weights.
+# from some hundred rows on. One sequence may need more.
 _MEMORY_SHARE = 0.5
 _STRETCH_ELEMENTS = 2**21  # of logits whose softmax is on its way
 _LOWEST_EXPONENT = -100  # 2 ** 100 is a float32
@@ -227,6 +227,10 @@ def _norms(
 ) -> Tensor:
     check_max_tokens(max_tokens)
     policy = base_model(policy)
+    if policy.get_output_embeddings() is None:
+        raise InputError(
+            "the policy has no LM head", expected="a causal LM", got=type(policy).__name__
+        )
     wanted = Parameters.of(policy, parameters)
     own_bytes = sum(p.nbytes for p in policy.parameters())
     with plain_torch():
@@ -299,6 +303,12 @@ class _UserScalar:
             grads = None
             if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
                 (grads,) = torch.autograd.grad(value.sum(), live, allow_unused=True)
+        if grads is not None and not bool(grads.isfinite().all()):
+            raise InputError(
+                "the scalar's gradient is not finite",
+                expected="a finite gradient for the logits",
+                index=f"row {sequence}",
+            )
         if grads is None:
             raise InputTypeError(
                 "scalar did not return a scalar of the logits",

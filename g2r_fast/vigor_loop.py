@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .adapters import plain
 from .ambient import without_checkpoints
-from .grad2reward import check_finite
+from .cotangents import check_finite
+from .errors import InputError
 from .gradient_norms import Parameters, Scalar
 from .plan import PackedSequence, Read
 
@@ -41,6 +42,12 @@ def loop_norms(
             check_finite(
                 logits, [Read(index, p, 0, p) for p in sequence.reads], {index: sequence.label}
             )
+            if not logits.requires_grad:
+                raise InputError(
+                    "no parameter that counts has a part in the logits",
+                    expected="parameters that the model's forward uses",
+                    got=f"{len(chosen)} others",
+                )
             values, factor = scalar(index, logits.detach())
             norm = _norm(logits, values, chosen, keep=dtype == torch.float16)
             if dtype == torch.float16 and not norm.isfinite():

@@ -196,3 +196,16 @@ def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
     found = norms.squared_gradient_norms(inputs, grads, rows)
     assert not near(found, truth, torch.float32)
     assert relative_error(found, truth) > LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("width, out", [(16, 40), (300, 7), (64, 2)])
+def test_a_gradient_is_never_formed_whole(
+    width: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    product = norms.product_tn
+    monkeypatch.setattr(norms, "product_tn", lambda a, b: made.append(b.shape[1]) or product(a, b))
+    a, b = torch.randn(500, width), torch.randn(500, out)
+    found = norms._by_gradient(a, b)
+    assert sum(made) == out and max(made) <= out / 2
+    assert float(found) == pytest.approx(float((a.T @ b).double().square().sum()), rel=1e-5)

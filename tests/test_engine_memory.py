@@ -30,6 +30,8 @@ def test_saved_bytes_are_the_bytes_that_were_announced(variant: str, dtype: torc
             for ids, (start, _) in zip(batch.input_ids, batch.spans, strict=True)
         )
         assert decoder.forward(plan).saved_bytes == plan.saved_bytes(decoder.shape)
+        reading = decoder.forward(plan, keep_linears=True)
+        assert reading.saved_bytes == plan.saved_bytes(decoder.shape_for(reads_linears=True))
 
 
 def test_nothing_uninitialised_is_read() -> None:

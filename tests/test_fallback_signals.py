@@ -184,3 +184,33 @@ def test_experts_that_see_other_rows_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.expert sees 3 rows"):
         engine.run(sequences, signal)
     assert hooks() == before
+
+
+@pytest.mark.parametrize("name", [GPT2, GEMMA3])
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_signal_of_the_head_alone(name: str, start: int) -> None:
+    """Nothing goes back behind the head, which is shown all the same."""
+    model = copy.deepcopy(model_of(name)).requires_grad_(True)
+    ids, _, _ = group()
+    sequences = [PackedSequence(i, min(start, len(i)), (4, 8, -1)) for i in ids[:3]]
+    targets = {(i, p): (i + p) % V for i, s in enumerate(sequences) for p in s.reads}
+    signal = Anywhere(targets)
+    signal.leaf, signal.reads_linears = None, True  # type: ignore[assignment]
+    done = AutogradEngine(model_of(name)).run(sequences, signal)
+    assert done.rows_backward == 0 and not signal.at_leaf
+    (head,) = signal.linears
+    assert model.get_submodule(head) is model.get_output_embeddings()
+    for index, (inputs, grads, rows) in enumerate(signal.linears[head]):
+        assert rows.lanes == (index,) and rows.offsets == (0, 3)
+        states: list[Tensor] = []
+        handle = model.get_submodule(head).register_forward_pre_hook(
+            lambda module, seen, states=states: states.append(seen[0])
+        )
+        logits = model(input_ids=torch.tensor([ids[index]]), use_cache=False).logits[0]
+        handle.remove()
+        at = list(sequences[index].reads)
+        assert relative_error(inputs, states[0][0, at].detach()) <= FLOAT32
+        expected = -logits[at].detach().softmax(-1)
+        for row, position in enumerate(at):
+            expected[row, targets[index, position]] += 1
+        assert relative_error(grads, expected) <= FLOAT32

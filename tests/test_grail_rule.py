@@ -17,6 +17,7 @@ from tiny_models import tiny_model
 
 from g2r_fast import grail
 from g2r_fast.answer_spans import AnswerSpan
+from g2r_fast.errors import InputError
 from g2r_fast.grail import saliency_weights
 from g2r_fast.reference import ReferenceDecoder, answer_saliency, answer_weights
 
@@ -100,7 +101,7 @@ def test_equals_the_transcriptions(
 def test_float32_saliencies_lose_nothing_in_the_rule() -> None:
     """Of equal ones, std is 1e-4: float32 would make z-scores of rounding errors."""
     s = torch.full((50,), 0.3)
-    weights = saliency_weights(s, AnswerSpan(49, 49, 50, 50), overrides=False)
+    weights = saliency_weights(s, AnswerSpan(49, 49, 50, 50), polarity="both", overrides=False)
     assert (weights - 1).abs().max() < 1e-9
 
 
@@ -110,10 +111,10 @@ def test_the_tail_sets_the_scale(tail: int) -> None:
     s = torch.cat([torch.linspace(0.1, 0.4, 20), torch.zeros(tail)])
     q = tail / len(s)
     span = AnswerSpan(19, 19, 20, 20)
-    weights = saliency_weights(s, span, overrides=False)[:20]
+    weights = saliency_weights(s, span, polarity="both", overrides=False)[:20]
     near = 1 + 0.5 * (q / (1 - q)) ** 0.5
     assert weights.tolist() == pytest.approx([near] * 20, rel=0.08, abs=0)
-    apart = saliency_weights(s, span, overrides=False, after_span="excluded")[:20]
+    apart = saliency_weights(s, span, polarity="both", overrides=False, after_span="excluded")[:20]
     assert float(apart.max() - apart.min()) > 1
 
 
@@ -214,3 +215,17 @@ def test_what_a_trainer_has_switched_on(engine: str) -> None:
     with torch.inference_mode():
         (found,) = grail.token_saliencies(*arguments, engine=engine)
     assert found is not None and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"polarity": "wrogn"}, "unknown polarity"),
+        ({"after_span": "exclude"}, "unknown after_span"),
+        ({"polarity": "correct", "advantage": None}, "the advantage is missing"),
+    ],
+)
+def test_the_bare_rule_refuses_what_it_does_not_know(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"advantage": -1.0, **options}
+    with pytest.raises(InputError, match=message):
+        saliency_weights(torch.ones(3), AnswerSpan(1, 1, 2, 2), **arguments)

@@ -20,8 +20,8 @@ from g2r_fast.kernels import objective_cotangents as cotangents_module
 from g2r_fast.kernels.log_probabilities import CONFIG, OBJECTIVES, log_probabilities
 from g2r_fast.kernels.objective_cotangents import objective_cotangents
 
+from g2r_fast.cotangents import objective_cotangents as definition
 from g2r_fast.errors import InputError, InputTypeError
-from g2r_fast.grad2reward import objective_cotangents as definition
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

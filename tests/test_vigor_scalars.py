@@ -262,7 +262,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a slope without end": (
         {"scalar": lambda i, x: (x - x.detach()).abs().sum().sqrt()},
         InputError,
-        r"gradients are not finite; .*first at row 0",
+        r"the scalar's gradient is not finite; .*first at row 0",
     ),
     "parameters": ({"parameters": "some"}, InputError, "unknown parameters"),
     "engine": ({"engine": "fast"}, InputError, "unknown engine"),
@@ -302,3 +302,23 @@ def test_rows_of_a_batch_keep_their_numbers() -> None:
         )
         seen[i] = float(alone)
     assert worst(found, seen.values()) <= PACKED_ALONE
+
+
+@pytest.mark.parametrize("engine", ["packed", "autograd"])
+@pytest.mark.parametrize("parameters", ["all", "lm_head"])
+def test_a_model_without_an_lm_head(parameters: str, engine: str) -> None:
+    with pytest.raises(InputError, match="no LM head; expected a causal LM; got LlamaForSequence"):
+        vigor.scalar_gradient_norms(
+            tiny_model("llama", head="value"), [[1, 2]], entropy,
+            parameters=parameters, engine=engine,
+        )  # fmt: skip
+
+
+def test_parameters_that_no_forward_uses() -> None:
+    model = tiny_model("llama")
+    model.v_head = torch.nn.Linear(32, 1)  # of a trainer's; and nothing else trains
+    with (
+        pytest.warns(UserWarning, match="slower autograd engine"),
+        pytest.raises(InputError, match="no parameter that counts has a part in the logits"),
+    ):
+        vigor.scalar_gradient_norms(model, [[1, 2]], entropy)

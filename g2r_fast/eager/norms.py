@@ -10,7 +10,7 @@ from .products import product_nt, product_tn
 __all__ = ["gram_is_cheaper", "squared_gradient_norms", "squared_row_sums"]
 
 _GRAM_ROWS = 1024  # of a block of the two Gram matrices: 4 MiB each in float32
-_TILE_ELEMENTS = 2**22  # of a stretch of columns of a gradient
+_TILE_ELEMENTS = 2**22  # at most, of a stretch of columns of a gradient, and never all of it
 
 
 def gram_is_cheaper(entries: int, inputs: int, outputs: int) -> bool:
@@ -62,7 +62,7 @@ def _by_gram(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _by_gradient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`(a.T @ b).square().sum()`, some columns at a time."""
     total = a.new_zeros((), dtype=torch.float64)
-    step = max(1, _TILE_ELEMENTS // a.shape[1])
+    step = max(1, min(_TILE_ELEMENTS // max(1, a.shape[1]), b.shape[1] // 2))
     for start in range(0, b.shape[1], step):
         part = product_tn(a, b[:, start : start + step])
         total += part.square_().sum(dtype=torch.float64)
