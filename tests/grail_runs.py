@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_watch import Ran, watch
 from tiny_models import random_ids
 from torch import Tensor
 
 from g2r_fast import grail
 from g2r_fast.answer_spans import AnswerSpan
-from g2r_fast.engine import Engine, EngineRun
-from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder, answer_saliency, relative_error
 
 # Of one sequence, ||s - s*|| / ||s*||.
@@ -124,33 +123,10 @@ def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(errors(actual, expected))
 
 
-@dataclass
-class Ran:
-    """What went to the engine, and what it did."""
-
-    sequences: list[PackedSequence]
-    done: EngineRun
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
     """One entry per run of an engine for GRAIL."""
-    found: list[Ran] = []
-    choose = grail.choose_engine
-
-    def choose_and_watch(*arguments: Any) -> Engine:
-        engine = choose(*arguments)
-        run = engine.run
-
-        def watched(sequences: Any, *rest: Any) -> EngineRun:
-            found.append(Ran(list(sequences), run(sequences, *rest)))
-            return found[-1].done
-
-        engine.run = watched  # type: ignore[method-assign]
-        return engine
-
-    monkeypatch.setattr(grail, "choose_engine", choose_and_watch)
-    return found
+    return watch(monkeypatch, grail)
 
 
 def whole(start: int, stop: int) -> AnswerSpan:

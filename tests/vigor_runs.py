@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_watch import Ran, watch
 from tiny_models import random_ids
 from torch import Tensor
 
 from g2r_fast import vigor
-from g2r_fast.engine import Engine, EngineRun
-from g2r_fast.plan import PackedSequence
 from g2r_fast.reference import ReferenceDecoder, completion_gradients
 
 # Of one norm, |n - n*| / n*.
@@ -195,30 +194,7 @@ def rms(values: Iterable[float]) -> float:
     return math.sqrt(math.fsum(squares) / len(squares))
 
 
-@dataclass
-class Ran:
-    """What went to the engine, and what it did."""
-
-    sequences: list[PackedSequence]
-    done: EngineRun
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
     """One entry per run of a packed engine for VIGOR."""
-    found: list[Ran] = []
-    choose = vigor.choose_engine
-
-    def choose_and_watch(*arguments: Any) -> Engine:
-        engine = choose(*arguments)
-        run = engine.run
-
-        def watched(sequences: Any, *rest: Any, **options: Any) -> EngineRun:
-            found.append(Ran(list(sequences), run(sequences, *rest, **options)))
-            return found[-1].done
-
-        engine.run = watched  # type: ignore[method-assign]
-        return engine
-
-    monkeypatch.setattr(vigor, "choose_engine", choose_and_watch)
-    return found
+    return watch(monkeypatch, vigor)
