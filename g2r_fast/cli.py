@@ -10,13 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import attribute, audit, build, canaries, doctor
+from .commands import attribute, audit, build, canaries, doctor, train
 from .commands.common import UsageError
 from .records import OutputFileError
 
 __all__ = ["main"]
 
-COMMANDS = (attribute, audit, canaries, doctor, build)
+COMMANDS = (attribute, audit, canaries, train, doctor, build)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
