@@ -1,6 +1,7 @@
 # Every target sets itself up: a bare Linux machine with Python >= 3.10 and make is enough.
 #
 #   make demo            attribute the example file with the tiny judge, and compare with the loop
+#   make train-demo      train the tiny policy with itself as judge: a log, a plot, minutes
 #   make test            everything that CI runs
 #   make bench           the CPU benchmarks, in full
 #   make gpu             build, tests, compute-sanitizer and benchmarks on an NVIDIA GPU; by PYTHON and its
@@ -33,11 +34,14 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench gpu lint compile-only format clean setup
+.PHONY: demo train-demo test bench gpu lint compile-only format clean setup
 
 demo: $(STAMP)
 	@mkdir -p build
 	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --overwrite --show --compare
+
+train-demo: $(STAMP)
+	$(BIN)/g2r-fast train --config examples/tiny_policy/demo.yaml --output build/train-demo
 
 # The benchmarks run in their smallest form: they assert equal answers and report no speed.
 test: lint compile-only

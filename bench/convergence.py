@@ -153,6 +153,7 @@ def summary(curves: dict[str, list[dict[str, Any]]], steps: int) -> dict[str, di
             "final_score": _rounded(interval(final[arm])),
             "final_minus_grpo": _rounded(interval([a - b for a, b in pairs])),
             "steps_to_target": _rounded(interval(taken[arm]), 1),
+            "final_length": round(statistics.fmean(c["length_last"] for c in of_arm), 2),
             "never_reached": sum(s is None for s in reached[arm]),
             "grpo_steps_over_its": _rounded(paired_ratio(taken[PLAIN], taken[arm]), 2),
             "means": {

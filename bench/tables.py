@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import NOT_RUN, Cell, required, seconds, share, times_ours
+from bench.convergence_arms import ARMS
 from bench.facts import RESULTS
 from bench.grpo_step import GRPO_STEPS, step_file
 from bench.repetitions import paired_ratio
@@ -24,6 +25,7 @@ from bench.rivals import RIVALS
 from bench.scenarios import GPU_SCENARIOS, SCENARIOS
 from bench.signal_scenarios import SIGNAL_SCENARIOS
 from bench.signal_tables import SIGNAL_TABLES
+from bench.training_tables import ARM_TABLES, CONVERGENCE, COST, COST_TABLES, METHODS
 
 __all__ = [
     "documents",
@@ -36,7 +38,14 @@ __all__ = [
     "table",
 ]
 
-DOCUMENTS = ("README.md", "bench/README.md", "docs/grail.md", "docs/g2rl.md", "docs/vigor.md")
+DOCUMENTS = (
+    "README.md",
+    "bench/README.md",
+    "docs/grail.md",
+    "docs/g2rl.md",
+    "docs/vigor.md",
+    "docs/training.md",
+)
 GPU_RESULTS = "gpu"
 
 
@@ -104,6 +113,10 @@ def result_name(scenario: str) -> str:
     """Of a scenario's file in bench/results, without its ending; one holds all of a GPU."""
     if scenario in GRPO_STEPS:
         return step_file(scenario)
+    if scenario in ARMS:
+        return CONVERGENCE
+    if scenario.startswith(COST):
+        return COST
     if scenario in SIGNAL_SCENARIOS:
         return scenario
     return GPU_RESULTS if scenario in GPU_SCENARIOS else f"grad2reward-{scenario}"
@@ -116,7 +129,7 @@ def results_of(name: str) -> dict[str, Any] | None:
         return None
     scenarios = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
     found = scenarios.get(name, {})
-    return dict(found) if "rivals" in found or "step" in found else None
+    return dict(found) if found.keys() & {"rivals", "step", "arm"} else None
 
 
 _SLOW = tuple(name for name, scenario in SCENARIOS.items() if "padded" in scenario.rivals)
@@ -167,11 +180,14 @@ _TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {
         },
     ),
     **SIGNAL_TABLES,
+    **ARM_TABLES,
+    **COST_TABLES,
 }
 _LABELS = {
     name: one.label
-    for name, one in (SCENARIOS | GPU_SCENARIOS | SIGNAL_SCENARIOS | GRPO_STEPS).items()
+    for name, one in (SCENARIOS | GPU_SCENARIOS | SIGNAL_SCENARIOS | GRPO_STEPS | ARMS).items()
 }
+_LABELS |= {f"{COST}-{method}": label for method, label in METHODS.items()}
 
 
 def render(name: str) -> str:

@@ -30,6 +30,7 @@ from bench.repetitions import Effort, repeat
 from bench.rivals import RIVALS
 from bench.signal_scenarios import LOOPS, RIVALS_OF
 from bench.signal_workload import Rollouts as SignalRollouts
+from bench.training_tables import COST, METHODS
 from bench.workload import Workload
 from g2r_fast.result import AttributionBatch
 from g2r_fast.training.config import TrainConfig, config_of, read_yaml
@@ -43,7 +44,7 @@ __all__ = ["Step", "group_workloads", "measure", "signal_rollouts"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTRIBUTIONS = ("loop", "cached_loop", "tuned_cached_loop")
-METHODS = ("grpo", "grad2reward", "grail", "g2rl", "vigor")
+PARTS = ("sample", "verdicts", "update")
 ANSWER = 8  # tokens of the answer that GRAIL differentiates, before the EOS
 
 
@@ -139,7 +140,7 @@ def measure(
     workloads, groups = group_workloads(step, batch), signal_rollouts(step)
     errors: dict[str, float] = {}
     for name in (*ATTRIBUTIONS[1:], "ours"):
-        errors[name] = max(
+        errors[f"grad2reward {name}"] = max(
             gate(RIVALS["loop"].run(judge.model, w), RIVALS[name].run(judge.model, w))[
                 "max_relative_error"
             ]
@@ -156,8 +157,8 @@ def measure(
     runs: dict[str, Callable[[], object]] = {
         "sample": step.sample,
         "verdicts": partial(step.credit, "grpo"),
-        "grad2reward ours": partial(step.credit, "grad2reward"),
         "update": step.update,
+        "grad2reward ours": partial(step.credit, "grad2reward"),
     }
     for name in ATTRIBUTIONS:
         runs[f"grad2reward {name}"] = partial(_each, RIVALS[name].run, judge.model, workloads)
@@ -170,13 +171,21 @@ def measure(
     if effort is not None:
         step.update()
         repeat(runs, entries, effort, (), log)
-    return {
+    about = {
         "rollouts": len(step.rollouts),
         "tokens": sum(map(len, step.rollouts.completion_ids)),
         "items": len(step.rollouts.tasks[0].rubrics),
-        "max_relative_error": errors,
-        "runs": entries,
-        **_figures(entries),
+    }
+    return {
+        f"{COST}-{method}": {
+            "label": label,
+            "step": {name: entries[name] for name in PARTS},
+            "ways": _ways(method, entries),
+            "max_relative_error": {k: v for k, v in errors.items() if k.startswith(method)},
+            **about,
+            **_figures(method, entries),
+        }
+        for method, label in METHODS.items()
     }
 
 
@@ -198,17 +207,25 @@ def _each(run: Callable[[Any, Any], object], model: Any, parts: list[Any]) -> No
         run(model, part)
 
 
-def _figures(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Medians in seconds. A step is sampling, verdicts and update; Grad2Reward's own addition is
-    its call less that of the verdicts, for the rivals too, whose calls judge as well."""
+def _ways(method: str, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name.removeprefix(f"{method} "): entry
+        for name, entry in entries.items()
+        if name.startswith(f"{method} ")
+    }
+
+
+def _figures(method: str, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Medians in seconds. A step is sampling, verdicts and update. What Grad2Reward adds is its
+    call less that of the verdicts, for the rivals too, whose calls judge as well."""
     if not entries["sample"]["seconds"]:
         return {}
-    median = {name: statistics.median(entry["seconds"]) for name, entry in entries.items()}
-    step = median["sample"] + median["verdicts"] + median["update"]
+    median = {name: statistics.median(entries[name]["seconds"]) for name in PARTS}
+    step = sum(median.values())
     added = {
-        name: seconds - (median["verdicts"] if name.startswith("grad2reward") else 0.0)
-        for name, seconds in median.items()
-        if name not in ("sample", "verdicts", "update")
+        way: statistics.median(entry["seconds"])
+        - (median["verdicts"] if method == "grad2reward" else 0.0)
+        for way, entry in _ways(method, entries).items()
     }
     return {
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
@@ -234,12 +251,10 @@ def main() -> None:
     step = Step(config_of(read_yaml(SETTINGS)))
     log = partial(print, file=sys.stderr, flush=True)
     found = measure(step, Effort(arguments.repetitions), log)
-    print(f"step {found['step_seconds']:.2f} s")
-    for name, seconds in found["added_seconds"].items():
-        print(f"{name:<32} + {seconds:6.2f} s {found['added_share'][name]:+7.1%}")
+    for name, one in found.items():
+        print(f"{name}: step {one['step_seconds']:.2f} s", one["added_seconds"], one["added_share"])
     if arguments.save:
-        content = {"facts": about, "scenarios": {"training-cost": found}}
-        print(f"saved {save('training-cost', content)}")
+        print(f"saved {save(COST, {'facts': about, 'scenarios': found})}")
 
 
 if __name__ == "__main__":

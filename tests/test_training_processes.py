@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_training_update import Recorder, accelerator, credit, rollouts
 from tiny_models import tiny_model
+from training_runs import TINY, small, weights
 from two_processes import run_in_two_processes
 
 from g2r_fast.training.config import TrainConfig
+from g2r_fast.training.log import read_log
 from g2r_fast.training.update import Updater
 
 SCRIPT = Path(__file__).parent / "training_on_two.py"
@@ -37,3 +40,22 @@ def test_the_gradient_is_that_of_one_process(of_two: Path, loss: str) -> None:
         (got,) = torch.load(of_two / f"{loss}-{rank}.pt")
         for one, two in zip(got, optimizer.seen[0], strict=True):
             assert float((one - two).norm() / two.norm()) < 2e-5
+
+
+def test_a_run_in_two_processes(tmp_path: Path) -> None:
+    """One log, by one process; the same weights in both, or DDP would have stopped."""
+    config = small(tmp_path / "run", prompts_per_step=4, kl=0.05, steps=2)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))
+    lines = [line for line in read_log(tmp_path / "run") if "note" not in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[-1]["policy/kl"] >= 0 and lines[-1]["judge/changed"] == 0
+    before, after = weights(TINY / "model"), weights(tmp_path / "run" / "final")
+    assert not any(torch.equal(before[name].float(), after[name]) for name in after)
+
+
+def test_prompts_that_processes_cannot_share(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", prompts_per_step=3, evaluate_every=0)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(AssertionError, match="not a multiple of the number of processes"):
+        run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))

@@ -57,8 +57,10 @@ def _train(args: argparse.Namespace) -> int:
         if path is not None and not path.is_file():
             raise UsageError(f"{path} is not a file")
         config = config_of({**({} if path is None else read_yaml(path)), **given})
+        finished = (Path(config.output) / "final").is_dir()
         final = train(config)
     except (InputError, InputTypeError) as error:
         raise UsageError(str(error)) from None
-    print(f"final weights: {final}", file=sys.stderr)
+    again = " (the run was finished; delete its folder to run it again)" if finished else ""
+    print(f"final weights: {final}{again}", file=sys.stderr)
     return 0

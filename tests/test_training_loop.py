@@ -1,0 +1,237 @@
+"""Whole runs of the tiny policy: what they leave, what a kill changes, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import ROOT, TINY, small, weights, without_seconds
+
+from g2r_fast.errors import InputError
+from g2r_fast.training import loop, train
+from g2r_fast.training.log import read_log
+
+METHODS = {
+    "grpo": {},
+    "grad2reward": {"tau": "auto", "estimator": "rewards_pooled", "kl": 0.05},
+    "grail": {"answer_marker": "you ... ", "polarity": "both"},
+    "g2rl": {},
+    "vigor": {"kl": 0.05},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method: str, tmp_path: Path) -> None:
+    config = small(tmp_path / "run", method=method, canaries_every=3, **METHODS[method])
+    final = train(config)
+    lines = [line for line in read_log(tmp_path / "run") if "note" not in line]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines if "evaluation/score" in line] == [0, 2]
+    for line in lines:
+        assert all(math.isfinite(v) for v in line.values())
+    last = lines[-1]
+    assert last["policy/gradient_norm"] > 0 and last["policy/ratio_max"] == pytest.approx(1)
+    assert ("policy/kl" in last) == bool(config.kl)
+    assert ("reward/mean" in last) == ("judge/changed" in last) == (method != "vigor")
+    assert ("canaries/true_rate" in lines[1]) == (method != "vigor")
+    assert ("attribution/entropy" in last) == (method == "grad2reward")
+    before, after = weights(TINY / "model"), weights(final)
+    moved = [name for name in after if not torch.equal(before[name].float(), after[name])]
+    assert len(moved) == len(after) > 0
+    assert (tmp_path / "run" / "plot.png").stat().st_size > 1000
+
+
+def test_a_run_is_the_same_twice_and_another_seed_is_another(tmp_path: Path) -> None:
+    one, two, other = (
+        train(small(tmp_path / name, seed=seed))
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    logs = [without_seconds(read_log(folder.parent)) for folder in (one, two, other)]
+    assert logs[0] == logs[1] != logs[2]
+    a, b, c = map(weights, (one, two, other))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "where", ["before the log", "in the checkpoint", "behind it", "at the end"]
+)
+def test_a_run_goes_on_from_wherever_it_was_stopped(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in step 3 of 4, with a checkpoint every 2; or between the last step and the end."""
+    options = {"steps": 4, "checkpoint_every": 2, "iterations": 2, "evaluate_every": 1}
+    alone = train(small(tmp_path / "alone", **options))
+    config = small(tmp_path / "killed", **options)
+    stop_at = 2 if where == "in the checkpoint" else 3
+    with monkeypatch.context() as patch:
+        if where == "before the log":
+            write = loop.RunLog.write
+
+            def stop(self, figures):
+                if figures["step"] == stop_at:
+                    raise Killed
+                write(self, figures)
+
+            patch.setattr(loop.RunLog, "write", stop)
+        elif where == "in the checkpoint":
+            save = torch.save
+
+            def half(state, file):
+                save(state, file)
+                file.truncate(file.tell() // 2)
+                file.flush()
+                raise Killed
+
+            patch.setattr(torch, "save", half)
+        elif where == "behind it":
+            write = loop.RunLog.write
+
+            def log_and_stop(self, figures):
+                write(self, figures)
+                if figures["step"] == stop_at:
+                    raise Killed
+
+            patch.setattr(loop.RunLog, "write", log_and_stop)
+        else:
+
+            def never(*arguments):
+                raise Killed
+
+            patch.setattr(loop, "replace_folder", never)
+        with pytest.raises(Killed):
+            train(config)
+    assert not (tmp_path / "killed" / "final").exists()
+    resumed = train(config)
+    a, b = weights(alone), weights(resumed)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert without_seconds(read_log(alone.parent)) == without_seconds(read_log(resumed.parent))
+
+
+def test_forgetting_the_optimiser_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted bug of the test above: a checkpoint without AdamW's moments."""
+    options = {"steps": 3, "checkpoint_every": 2, "evaluate_every": 0}
+    alone = train(small(tmp_path / "alone", **options))
+    config = small(tmp_path / "killed", **options)
+    load = loop.load_checkpoint
+
+    def forgetful(path, device):
+        state = load(path, device)
+        state["optimizer"]["state"] = {}
+        return state
+
+    monkeypatch.setattr(loop, "load_checkpoint", forgetful)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_finish", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(config)
+    a, b = weights(alone), weights(train(config))
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_kill_9_from_outside(tmp_path: Path) -> None:
+    """As a user's machine does it; `python -m bench.training_kills` does it twenty times."""
+    options = {"steps": 6, "checkpoint_every": 1, "evaluate_every": 0, "max_new_tokens": 24}
+    alone = train(small(tmp_path / "alone", **options))
+    config = small(tmp_path / "killed", **options)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))  # JSON is YAML
+    command = [sys.executable, "-m", "g2r_fast.training", "--config", str(tmp_path / "run.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("*.pt")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = train(config)
+    a, b = weights(alone), weights(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert without_seconds(read_log(alone.parent)) == without_seconds(read_log(resumed.parent))
+
+
+def test_what_a_folder_with_a_run_refuses(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", steps=1, evaluate_every=0)
+    final = train(config)
+    written = final.stat().st_mtime_ns
+    assert train(config) == final and final.stat().st_mtime_ns == written, "it is over"
+    other = dataclasses.replace(config, tau=2.0)
+    with pytest.raises(InputError, match=r"other settings: tau: 1\.0 then, 2\.0 now"):
+        train(other)
+
+
+def test_a_judge_that_is_not_the_one_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", steps=3, evaluate_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_finish", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(config)
+    load = loop.load_models
+
+    def another(*arguments):
+        models = load(*arguments)
+        with torch.no_grad():
+            models.judge.model.lm_head.weight[0, 0] += 1
+        return models
+
+    monkeypatch.setattr(loop, "load_models", another)
+    with pytest.raises(InputError, match="not the one that this run began with"):
+        train(config)
+
+
+def test_a_judge_that_is_trained_along_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alarm with the worst of bugs planted: policy and judge are one and the same model."""
+    load = loop.load_models
+
+    def shared(*arguments):
+        models = load(*arguments)
+        judge = type(models.judge)(models.policy, models.tokenizer, "continuation")
+        return dataclasses.replace(models, judge=judge, frozen=models.policy)
+
+    monkeypatch.setattr(loop, "load_models", shared)
+    with pytest.warns(UserWarning, match="trainable weights"):
+        train(small(tmp_path / "run", steps=2, evaluate_every=0))
+    notes = [line["text"] for line in read_log(tmp_path / "run") if "note" in line]
+    assert any("judge" in note and "frozen" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": ""}, "no model is given"),
+        ({"output": ""}, "no output is given"),
+        ({"data": "nowhere.jsonl"}, "cannot be read"),
+        ({"checker": "nowhere.py:score"}, "cannot be found"),
+    ],
+)
+def test_settings_that_cannot_run(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(small(tmp_path / "run", **options))
+
+
+def test_lora_trains_adapters_alone(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="adapters are made by PEFT, which is not installed")
+    options = {"lora_rank": 4, "kl": 0.1, "steps": 3, "learning_rate": 1e-2}
+    final = train(small(tmp_path / "run", **options))
+    assert (final / "adapter_model.safetensors").is_file()
+    lines = [line for line in read_log(tmp_path / "run") if "policy/kl" in line]
+    assert lines[0]["policy/kl"] == pytest.approx(0, abs=1e-4) and lines[-1]["policy/kl"] > 1e-4
+    assert all(line["judge/changed"] == 0 for line in lines)
