@@ -223,6 +223,22 @@ def test_a_policy_that_fails_does_not_accuse_the_judge() -> None:
         assert found == []
 
 
+@pytest.mark.parametrize("share, chance", [(0.6, False), (0.3, False), (0.24, True), (0.1, True)])
+def test_a_judge_is_at_chance_where_responses_fare_no_better(share: float, chance: bool) -> None:
+    alarms, found = Alarms(), []
+    for _ in range(20):
+        figures = {"reward/mean": 0.3, "verdict/true_share": share, "canaries/true_rate": 0.2}
+        found += alarms.of_step(figures)
+    assert [alarm.name for alarm in found] == ["judge at chance"] * chance
+
+
+def test_a_judge_that_answers_like_a_coin_is_told_at_once_however_well_responses_fare() -> None:
+    figures = {"reward/mean": 0.9, "verdict/true_share": 0.95, "canaries/true_rate": 0.45}
+    (alarm,) = Alarms().of_step(figures)
+    assert alarm.name == "judge at chance" and "45%" in alarm.text and "coin" in alarm.text
+    assert Alarms().of_step({**figures, "canaries/true_rate": 0.35}) == []
+
+
 def test_words_and_limits_are_those_of_a_single_batch() -> None:
     assert AlarmLimits().flat_entropy == AttributionSummary.FLAT
     assert AlarmLimits().spiked_mass == AttributionSummary.SPIKED

@@ -33,7 +33,8 @@ _SMOOTH_FROM = 30  # values; fewer are drawn as they are
 def plot(folder: Path, out: Path | None = None) -> Path:
     """Draw one run's curves, its alarms as vertical lines; `folder/plot.png` where out is None.
 
-    Alarms are the log's notes of kind "alarm". Returns the file. Raises InputError where there is no log, none with a step, or no matplotlib.
+    Alarms are the log's notes of kind "alarm". Returns the file. Raises InputError where there is
+    no log, none with a step, or no matplotlib.
     """
     return plot_runs({"": folder}, folder / "plot.png" if out is None else out)
 
