@@ -66,16 +66,21 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    "where", ["before the log", "in the checkpoint", "behind it", "at the end"]
-)
+STOPPED = {"steps": 4, "checkpoint_every": 2, "iterations": 2, "evaluate_every": 1}
+PLACES = ("before the log", "in the checkpoint", "behind it", "at the end")
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(small(tmp_path_factory.mktemp("alone") / "run", **STOPPED))
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_a_run_goes_on_from_wherever_it_was_stopped(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in step 3 of 4, with a checkpoint every 2; or between the last step and the end."""
-    options = {"steps": 4, "checkpoint_every": 2, "iterations": 2, "evaluate_every": 1}
-    alone = train(small(tmp_path / "alone", **options))
-    config = small(tmp_path / "killed", **options)
+    config = small(tmp_path / "killed", **STOPPED)
     stop_at = 2 if where == "in the checkpoint" else 3
     with monkeypatch.context() as patch:
         if where == "before the log":
@@ -116,18 +121,17 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(
             train(config)
     assert not (tmp_path / "killed" / "final").exists()
     resumed = train(config)
-    a, b = weights(alone), weights(resumed)
+    a, b = weights(left_alone), weights(resumed)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert without_seconds(read_log(alone.parent)) == without_seconds(read_log(resumed.parent))
+    logs = [without_seconds(read_log(folder.parent)) for folder in (left_alone, resumed)]
+    assert logs[0] == logs[1]
 
 
 def test_forgetting_the_optimiser_would_be_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted bug of the test above: a checkpoint without AdamW's moments."""
-    options = {"steps": 3, "checkpoint_every": 2, "evaluate_every": 0}
-    alone = train(small(tmp_path / "alone", **options))
-    config = small(tmp_path / "killed", **options)
+    config = small(tmp_path / "killed", **STOPPED)
     load = loop.load_checkpoint
 
     def forgetful(path, device):
@@ -140,13 +144,13 @@ def test_forgetting_the_optimiser_would_be_seen(
         patch.setattr(loop, "_finish", lambda *arguments: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             train(config)
-    a, b = weights(alone), weights(train(config))
+    a, b = weights(left_alone), weights(train(config))
     assert not all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_kill_9_from_outside(tmp_path: Path) -> None:
     """As a user's machine does it; `python -m bench.training_kills` does it twenty times."""
-    options = {"steps": 6, "checkpoint_every": 1, "evaluate_every": 0, "max_new_tokens": 24}
+    options = {"steps": 6, "checkpoint_every": 1, "evaluate_every": 0, "max_new_tokens": 12}
     alone = train(small(tmp_path / "alone", **options))
     config = small(tmp_path / "killed", **options)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))  # JSON is YAML
@@ -217,7 +221,6 @@ def test_a_judge_that_is_trained_along_is_told(
     ("options", "message"),
     [
         ({"model": ""}, "no model is given"),
-        ({"output": ""}, "no output is given"),
         ({"data": "nowhere.jsonl"}, "cannot be read"),
         ({"checker": "nowhere.py:score"}, "cannot be found"),
     ],
@@ -225,6 +228,15 @@ def test_a_judge_that_is_trained_along_is_told(
 def test_settings_that_cannot_run(options: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         train(small(tmp_path / "run", **options))
+    with pytest.raises(InputError, match="no output is given"):
+        train(dataclasses.replace(small(tmp_path / "run"), output=""))
+
+
+def test_prompts_that_processes_cannot_share(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", prompts_per_step=3)
+    assert loop._share(config, 3) == 1
+    with pytest.raises(InputError, match="not a multiple of the number of processes"):
+        loop._share(config, 2)
 
 
 def test_lora_trains_adapters_alone(tmp_path: Path) -> None:

@@ -52,10 +52,3 @@ def test_a_run_in_two_processes(tmp_path: Path) -> None:
     assert lines[-1]["policy/kl"] >= 0 and lines[-1]["judge/changed"] == 0
     before, after = weights(TINY / "model"), weights(tmp_path / "run" / "final")
     assert not any(torch.equal(before[name].float(), after[name]) for name in after)
-
-
-def test_prompts_that_processes_cannot_share(tmp_path: Path) -> None:
-    config = small(tmp_path / "run", prompts_per_step=3, evaluate_every=0)
-    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    with pytest.raises(AssertionError, match="not a multiple of the number of processes"):
-        run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))

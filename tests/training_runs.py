@@ -16,15 +16,18 @@ TINY = ROOT / "examples" / "tiny_policy"
 
 def small(output: Path, **options: Any) -> TrainConfig:
     """Two prompts of four responses a step, everything written every step."""
+    held_out = output.parent / "held_out.jsonl"
+    few = (TINY / "held_out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+    held_out.write_text("".join(few), encoding="utf-8")
     settings: dict[str, Any] = {
         "model": str(TINY / "model"),
         "data": str(TINY / "train.jsonl"),
-        "held_out": str(TINY / "held_out.jsonl"),
+        "held_out": str(held_out),
         "checker": f"{TINY / 'environment.py'}:score",
         "output": str(output),
         "prompts_per_step": 2,
         "group_size": 4,
-        "max_new_tokens": 40,
+        "max_new_tokens": 24,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,

@@ -106,9 +106,12 @@ def _grad2reward(
         advantages = shuffled(batch, rollouts.group_size, config.advantage, seed)
     if advantages is None:
         advantages = [torch.zeros_like(row) for row in batch.token_rewards]
-    control = float(config.shuffle or config.readout == "uniform")
     credit = _credit(advantages, batch.scores, batch)
-    credit.figures["attribution/control"] = control
+    for name in ("entropy", "top10_mass", "top1_mass"):
+        if name in batch.stats:
+            credit.figures[f"attribution/{name}"] = batch.stats[name]
+    control = config.shuffle or config.readout == "uniform"
+    credit.figures["attribution/control"] = float(control)
     return credit
 
 
@@ -277,7 +280,4 @@ def _credit(advantages: list[Tensor], scores: Tensor, batch: AttributionBatch | 
         return Credit(advantages, scores)
     verdicts = [verdict for row in batch.verdicts for verdict in row]
     figures = {"verdict/true_share": sum(verdicts) / max(len(verdicts), 1)}
-    for name in ("entropy", "top10_mass", "top1_mass"):
-        if name in batch.stats:
-            figures[f"attribution/{name}"] = batch.stats[name]
     return Credit(advantages, scores, batch.reference_logps, figures)

@@ -136,7 +136,7 @@ def train(config: TrainConfig) -> Path:
                 if config.progress:
                     progress.step(figures)
                 for alarm in raised:
-                    log.note("alarm", f"{alarm.name}: {alarm.text}")
+                    log.note("alarm", alarm.text)
                     progress.alarm(alarm)
                 if step % config.checkpoint_every == 0 and step < config.steps:
                     _checkpoint(config, output, step, models, optimizer, alarms, judge_watch)
