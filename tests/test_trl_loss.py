@@ -1,5 +1,5 @@
-"""TRL's loss with advantages per token: plain GRPO where nothing tells tokens apart, and the clipped
-objective computed by itself elsewhere."""
+"""TRL's loss with advantages per token: plain GRPO's where nothing tells tokens apart, and that of
+the clipped objective elsewhere, computed here by itself."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ...grad2reward import AttributionConfig
 from ...judge import Judge
 from ...result import AttributionBatch
 from ...reward_model import RewardModel
-from .host import Host, check_unsharded, evaluating
+from .host import Host, check_unsharded
 from .signals import AttachedSignal, Signal
 
 __all__ = ["Grad2Reward"]
@@ -136,7 +136,7 @@ class _Grad2Reward(AttachedSignal):
     def __init__(self, signal: Grad2Reward, host: Host, index: int) -> None:
         super().__init__(signal.__name__, host, index)
         self.signal = signal
-        self.judge, self._of_policy = _judge_of(signal, host)
+        self.judge, self._trained = _judge_of(signal, host)
         self._scaled = signal.advantage.estimator == "scaled_sequence"
         self._uniform = signal.attribution.readout == "uniform"
         self._token_rewards: list[Tensor] = []
@@ -227,21 +227,22 @@ class _Grad2Reward(AttachedSignal):
         return result
 
     def _as_judge(self) -> AbstractContextManager[None]:
-        """A policy that is in training judges without dropout."""
-        return evaluating(self.host.policy) if self._of_policy else nullcontext()
+        """A model that TRL runs too judges without what TRL has changed of it."""
+        return nullcontext() if self._trained is None else self.host.at_rest(self._trained)
 
 
-def _judge_of(signal: Grad2Reward, host: Host) -> tuple[Judge | RewardModel, bool]:
-    """The judge, on the trainer's device, and whether its weights are those of the policy."""
+def _judge_of(signal: Grad2Reward, host: Host) -> tuple[Judge | RewardModel, Any]:
+    """The judge, on the trainer's device, and the policy or the reference if it is one of them."""
     judge, tokenizer, policy = signal.judge, host.tokenizer, host.policy
     if judge is None:
         check_unsharded(host, "self-judging")
         options = {"scaffold": "continuation", **signal.judge_options}
         if adapter_layers(policy):
-            with evaluating(policy):
-                return Judge(policy, tokenizer, adapters="off", **options), True
-        model = host.reference if host.reference is not None else _frozen_copy(policy, host)
-        return Judge(model, tokenizer, **options), False
+            with host.at_rest(policy):
+                return Judge(policy, tokenizer, adapters="off", **options), policy
+        if host.reference is not None:
+            return Judge(host.reference, tokenizer, **options), host.reference
+        return Judge(_frozen_copy(policy, host), tokenizer, **options), None
     judged = {id(parameter) for parameter in judge.model.parameters()}
     shared = any(id(parameter) in judged for parameter in policy.parameters())
     if shared and judge.adapters != "off":
@@ -259,7 +260,7 @@ def _judge_of(signal: Grad2Reward, host: Host) -> tuple[Judge | RewardModel, boo
         )
     if judge.device != host.device and not hasattr(judge.model, "hf_device_map"):
         judge.model.to(host.device)
-    return judge, shared
+    return judge, policy if shared else None
 
 
 def _frozen_copy(policy: Any, host: Host) -> Any:
@@ -270,10 +271,8 @@ def _frozen_copy(policy: Any, host: Host) -> Any:
             fix="Load the judge by itself: Grad2Reward(Judge(model, tokenizer, "
             "scaffold='continuation')).",
         )
-    twin = copy.deepcopy(policy)
-    for module in twin.modules():  # TRL replaces `forward` by a function that knows the original
-        vars(module).pop("forward", None)
-    return twin.eval().requires_grad_(False)
+    with host.at_rest(policy):
+        return copy.deepcopy(policy).requires_grad_(False).to(host.device)
 
 
 def _check_normalisation(advantage: AdvantageConfig, host: Host) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "check_unsharded",
     "evaluating",
     "has_moved",
+    "own_forward",
     "trl_version",
 ]
 
@@ -165,9 +166,12 @@ def check_rows(output: Mapping[str, Any], rollouts: Rollouts) -> None:
 
 
 class Host:
-    """A trainer as the signals see it."""
+    """A trainer as the signals see it.
 
-    def __init__(self, trainer: Any) -> None:
+    given_forward: `own_forward` of the policy before it was given to the trainer.
+    """
+
+    def __init__(self, trainer: Any, given_forward: Any = None) -> None:
         missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
         if missing:
             raise has_moved(f"the trainer has no {missing[0]}", "an attribute of that name")
@@ -176,6 +180,7 @@ class Host:
         self.device: torch.device = trainer.accelerator.device
         self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self.temperature = float(trainer.temperature)
+        self._given_forward = given_forward
 
     @property
     def policy(self) -> Any:
@@ -222,6 +227,23 @@ class Host:
         zero3 = plugin is not None and getattr(plugin, "zero_stage", 0) == 3
         return zero3 or bool(getattr(self.trainer, "is_fsdp_enabled", False))
 
+    @contextmanager
+    def at_rest(self, model: Any) -> Iterator[None]:
+        """The policy, or the reference, in eval mode and with the forward it was loaded with.
+
+        TRL and accelerate replace `forward` on the instance, by functions that compute the same;
+        the packed engine would take them for another model. Afterwards all is as it was.
+        """
+        base = _base(model)
+        given = self._given_forward if base is _base(self.policy) else None
+        replaced = vars(base).get("forward")
+        try:
+            _set_forward(base, given)
+            with evaluating(model):
+                yield
+        finally:
+            _set_forward(base, replaced)
+
     def local(self, rows: Any) -> Any:
         """This process's part of the rows of all."""
         count = len(rows) // self.accelerator.num_processes
@@ -264,6 +286,21 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def own_forward(model: Any) -> Any:
+    """What stands in for the forward of the model's class, in the model inside PEFT's; or None."""
+    return vars(_base(model)).get("forward") if isinstance(model, torch.nn.Module) else None
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _set_forward(model: Any, forward: Any) -> None:
+    vars(model).pop("forward", None)
+    if forward is not None:
+        vars(model)["forward"] = forward
 
 
 def check_unsharded(host: Host, what: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import InputError, InputTypeError
-from .host import Host, Rollouts, check_class, check_rows
+from .host import Host, Rollouts, check_class, check_rows, own_forward
 from .signals import attach_signal
 from .token_loss import check_loss
 
@@ -42,8 +42,9 @@ class Grad2RewardMixin(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_class(type(self))
+        given_forward = own_forward(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
-        self._g2r_host = Host(self)
+        self._g2r_host = Host(self, given_forward)
         self._g2r_signal = attach_signal(self._g2r_host)
         if self._g2r_signal.per_token:
             check_loss(self._g2r_host)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import g2rl, grail, vigor
 from ...errors import InputError
-from .host import Host, check_function, check_unsharded, evaluating
+from .host import Host, check_function, check_unsharded
 from .signals import AttachedSignal, Signal
 
 __all__ = ["G2RL", "Grail", "Vigor"]
@@ -132,7 +132,7 @@ class _Grail(_OfPolicy):
         spans = grail.find_answer_spans(
             self.host.tokenizer, rollouts.completion_ids, marker=signal.marker
         )
-        with evaluating(policy):
+        with self.host.at_rest(policy):
             weights = grail.token_weights(
                 policy, rollouts.prompt_ids, rollouts.completion_ids, spans, advantages,
                 polarity=signal.polarity, leaf=signal.leaf, shift=signal.shift,
@@ -161,7 +161,7 @@ class _G2RL(_OfPolicy):
                     index=f"row {row} of {self.__name__}",
                 )
         whole = rollouts.spans is None
-        with evaluating(policy):
+        with self.host.at_rest(policy):
             found = g2rl.gradient_features(
                 policy, rollouts.prompt_ids, rollouts.completion_ids,
                 token_weights=None if whole else [own.tolist() for own in rollouts.own],
@@ -192,7 +192,7 @@ class _Vigor(_OfPolicy):
                 expected="completions that are the policy's own",
                 index=next(i for i, own in enumerate(rollouts.own) if not bool(own.all())),
             )
-        with evaluating(policy):
+        with self.host.at_rest(policy):
             norms = vigor.gradient_norms(
                 policy, rollouts.prompt_ids, rollouts.completion_ids,
                 parameters=signal.parameters, engine=signal.engine, max_tokens=signal.max_tokens,
