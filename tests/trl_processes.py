@@ -59,8 +59,7 @@ TRAININGS: dict[str, tuple[type, Callable[[], Any], dict[str, Any]]] = {
     "g2rl": (Dense, lambda: G2RL(sign_reward), {}),
     "vigor": (Dense, lambda: Vigor(), {}),
 }
-# Letters that the written completions hold, so that GRAIL has an answer to look at.
-MARKER = ("a", "b")
+MARKER = "("  # where GRAIL finds an answer in the written completions
 
 
 def outcome(name: str, processes: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ ITEMS = [
 ]
 
 
-def model(seed: int = 15, **overrides: Any) -> Any:
+def model(seed: int = 13, **overrides: Any) -> Any:
     options = {"vocab_size": len(byte_bpe()), "max_position_embeddings": 512, **overrides}
     return tiny_model("qwen2", seed=seed, num_hidden_layers=2, **options)
 
@@ -52,7 +52,7 @@ def tokenizer() -> Any:
     return twin
 
 
-def judge(scaffold: str = "continuation", seed: int = 5, **options: Any) -> Judge:
+def judge(scaffold: str = "continuation", seed: int = 24, **options: Any) -> Judge:
     return Judge(model(seed), byte_bpe(), scaffold, **options)
 
 
@@ -63,10 +63,13 @@ def dataset(items: Any = ITEMS, prompts: Any = PROMPTS) -> Dataset:
 
 
 def completion(prompt: str, place: int) -> list[int]:
-    """Of 3 to 10 tokens; every second one ends with EOS, the others were cut off."""
+    """Of 5 to 12 tokens; every second one ends with EOS, the others were cut off. All but the last
+    of a group have something in brackets."""
     generator = torch.Generator().manual_seed(1000 * len(prompt) + place)
-    length = 3 + int(torch.randint(7, (), generator=generator))
+    length = 5 + int(torch.randint(7, (), generator=generator))
     ids = torch.randint(256, (length,), generator=generator).tolist()
+    if place < GROUP - 1:
+        ids[1], ids[-2] = (byte_bpe().convert_tokens_to_ids(bracket) for bracket in "()")
     return [*ids, byte_bpe().eos_token_id] if place % 2 else ids
 
 

@@ -116,7 +116,7 @@ class Grad2Reward(Signal):
         if isinstance(self.judge, RewardModel):
             return list(range(count)), None
         if self.rubrics not in columns:
-            names = sorted(set(columns) - {"trainer_state", "log_extra", "log_metric"})
+            names = sorted(set(columns) - _NO_COLUMNS)
             raise InputError(
                 f"the dataset has no column {self.rubrics!r}",
                 expected="a list of rubric items for each prompt",
@@ -126,6 +126,11 @@ class Grad2Reward(Signal):
         of_rows = columns[self.rubrics]
         wanted = [row for row, items in enumerate(of_rows) if items]
         return wanted, [[_without_gaps(item) for item in of_rows[row]] for row in wanted]
+
+
+# What TRL gives a reward function beside the columns of the dataset.
+_NO_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state"}
+_NO_COLUMNS |= {"log_extra", "log_metric", "environments"}
 
 
 class _Grad2Reward(AttachedSignal):
@@ -241,7 +246,8 @@ def _judge_of(signal: Grad2Reward, host: Host) -> tuple[Judge | RewardModel, Any
             with host.at_rest(policy):
                 return Judge(policy, tokenizer, adapters="off", **options), policy
         if host.reference is not None:
-            return Judge(host.reference, tokenizer, **options), host.reference
+            reference = host.reference.requires_grad_(False)
+            return Judge(reference, tokenizer, **options), reference
         return Judge(_frozen_copy(policy, host), tokenizer, **options), None
     judged = {id(parameter) for parameter in judge.model.parameters()}
     shared = any(id(parameter) in judged for parameter in policy.parameters())
