@@ -17,7 +17,6 @@ from trl_processes import TRAININGS, outcome
 from g2r_fast.reference import relative_error
 
 HERE = Path(__file__).parent
-SPREAD = {"plain", "g2rl", "vigor"}  # TRL's own advantages, one per sequence
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +42,28 @@ def of_one():
     return {name: outcome(name, 1) for name in TRAININGS}
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+def flat(rows):
+    return torch.cat([torch.tensor(row).flatten() for row in rows])
+
+
+def same_advantages(one, two):
+    pairs = zip(one["advantages"], two["advantages"], strict=True)
+    return all(torch.allclose(flat(a), flat(b), rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAININGS) - {"planted"}))
 def test_two_processes_train_as_one(name, of_one, of_two):
     one, two = of_one[name], of_two[name]
-    for ours, theirs in zip(one["advantages"], two["advantages"], strict=True):
-        assert len(ours) == len(theirs) == 4
-        flat = [
-            torch.tensor(rows).flatten()
-            if name in SPREAD
-            else torch.cat([*map(torch.tensor, rows)])
-            for rows in (ours, theirs)
-        ]
-        assert torch.allclose(*flat, rtol=1e-4, atol=1e-5)
-    assert any(torch.tensor(row).abs().max() > 0.1 for rows in one["advantages"] for row in rows)
+    assert [len(rows) for rows in one["advantages"]] == [4, 4]
+    assert any(flat(rows).abs().max() > 0.1 for rows in one["advantages"])
+    assert same_advantages(one, two)
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5, abs=1e-6)
     assert relative_error(two["weights"], one["weights"]) < 1e-4
+
+
+def test_statistics_of_one_process_alone_are_seen(of_one, of_two):
+    assert same_advantages(of_one["planted"], of_one["dense"])
+    assert not same_advantages(of_one["planted"], of_two["planted"])
 
 
 @pytest.mark.parametrize("which", ["of_one", "of_two"])
@@ -75,7 +81,9 @@ def test_uniform_attribution_is_plain_grpo_with_any_number_of_processes(which, r
 
 def test_the_trainings_differ(of_one):
     """Equal outcomes say nothing where a training has nothing to learn from."""
-    weights = {name: o["weights"] for name, o in of_one.items() if name not in ("uniform",)}
+    weights = {
+        name: o["weights"] for name, o in of_one.items() if name not in ("uniform", "planted")
+    }
     names = list(weights)
     for i, name in enumerate(names):
         for other in names[:i]:

@@ -43,6 +43,15 @@ class WithTools(Dense):
     tool_mask = staticmethod(every_third)
 
 
+class OfOneProcess(Dense):
+    """A planted bug: every process takes its own rows for those of all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        host = self._g2r_host
+        host.gather_rows = lambda rows: list(rows) * host.accelerator.num_processes
+
+
 def beside(signal: Any) -> list[Any]:
     return [signal, length_reward]
 
@@ -58,6 +67,7 @@ TRAININGS: dict[str, tuple[type, Callable[[], Any], dict[str, Any]]] = {
     "grail": (Dense, lambda: Grail(sign_reward, polarity="both", marker=MARKER), {}),
     "g2rl": (Dense, lambda: G2RL(sign_reward), {}),
     "vigor": (Dense, lambda: Vigor(), {}),
+    "planted": (OfOneProcess, lambda: beside(Grad2Reward(judge("grader"), DENSE)), {}),
 }
 MARKER = "("  # where GRAIL finds an answer in the written completions
 
@@ -94,4 +104,6 @@ if __name__ == "__main__":
     found = {name: outcome(name, int(os.environ["WORLD_SIZE"])) for name in TRAININGS}
     if os.environ["RANK"] == "0":
         torch.save(found, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # a process that leaves takes the other's connection with it
+    # All is done and written. At an ordinary exit threads of the libraries abort now and then.
+    os._exit(0)
