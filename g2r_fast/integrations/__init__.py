@@ -1,0 +1,1 @@
+"""The signals inside other people's trainers; nothing here is imported by the package itself."""
