@@ -4,8 +4,8 @@ kernels/ lies at the top of the repository, where another distribution owns that
 of the package g2r_fast: in a wheel, in an editable install and in a plain clone, beside that other
 package too. All of it happens in fresh virtual environments that borrow this one's libraries.
 
-The tables of CPU kernels, half a minute of compiling, are left empty in the copies: what is tested
-is that the library gets built, installed and loaded.
+The tables of CPU kernels and the CUDA source, most of a minute of compiling, are left empty in the
+copies: what is tested is that the libraries get built, installed and loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from g2r_fast.building import find_compiler
+from g2r_fast.building import find_compiler, find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(
@@ -40,6 +40,7 @@ const Kernels& NAME_kernels() {
 }
 }  // namespace g2r
 """
+NO_CUDA = 'extern "C" __attribute__((visibility("default"))) int g2r_nothing() { return 0; }\n'
 HAS_COMPILER = find_compiler() is not None
 
 FIND = """
@@ -59,6 +60,7 @@ print(json.dumps({
     "path": status.path,
     "ops_path": native.status("_cpu_ops").path,
     "ops_reason": native.status("_cpu_ops").reason,
+    "cuda_path": native.status("_cuda_ops").path,
     "ops": ops,
     "sorted": sorted,
 }))
@@ -98,6 +100,8 @@ def copy_sources(folder):
     for path in (folder / "csrc" / "cpu").glob("isa_*.cpp"):
         name = path.stem.removeprefix("isa_")
         path.write_text(NO_KERNELS.replace("NAME", name), encoding="utf-8")
+    for path in (folder / "csrc" / "cuda").glob("*.cu"):
+        path.write_text(NO_CUDA, encoding="utf-8")
     return folder
 
 
@@ -185,6 +189,8 @@ def test_from_a_wheel(wheel_environment, tmp_path):
         assert Path(found["path"]).parent == package
         assert found["ops"].startswith("cpu kernels: "), found["ops"]
         assert found["ops_path"] == str(package / "_cpu_ops.so")
+    if find_nvcc():
+        assert found["cuda_path"] == str(package / "_cuda_ops.so")
 
 
 def test_from_a_wheel_beside_the_foreign_package(new_environment, wheel, tmp_path):
