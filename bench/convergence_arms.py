@@ -17,9 +17,9 @@ class Arm:
 PLAIN, BASE = "grpo", "base"
 
 # A sure judge's attribution at tau = 1 on log p is flat, whatever is read: what is learnt about
-# readouts there is learnt about nothing. So the last arms stand on a second base, where
-# attribution says something and the estimator has no ramp.
-SHARP = {"estimator": "rewards_pooled", "tau": "auto:0.5", "objective": "logodds"}
+# readouts there is learnt about nothing. So the last arms stand on a second base, where attribution
+# says something and the estimator has no ramp; with uniform attribution that base is plain GRPO.
+SHARP = {"estimator": "scaled_sequence", "tau": "auto"}
 
 ARMS: dict[str, Arm] = {
     PLAIN: Arm("plain GRPO, sequence rewards", {"method": "grpo"}),
@@ -35,8 +35,7 @@ ARMS: dict[str, Arm] = {
     "rewards-pooled": Arm("rewards_pooled", {"estimator": "rewards_pooled"}),
     "normalise-then-cumsum": Arm("normalise_then_cumsum", {"estimator": "normalise_then_cumsum"}),
     "scaled-sequence": Arm("scaled_sequence", {"estimator": "scaled_sequence"}),
-    "sharp-dot": Arm("sharp: dot", SHARP),
-    "sharp-uniform": Arm("sharp: uniform", SHARP | {"readout": "uniform"}),
-    "sharp-shuffled": Arm("sharp: shuffled", SHARP | {"shuffle": True}),
-    "sharp-l2": Arm("sharp: L2 norm", SHARP | {"readout": "l2"}),
+    "sharp-dot": Arm("τ = auto and scaled_sequence: dot", SHARP),
+    "sharp-shuffled": Arm("the same, shuffled", SHARP | {"shuffle": True}),
+    "sharp-l2": Arm("the same, L2 norm", SHARP | {"readout": "l2"}),
 }
