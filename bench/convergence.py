@@ -1,6 +1,6 @@
 """Does a reward per token learn faster? The paper's claim in miniature, with controls.
 
-    python -m bench.convergence [--arms base,grpo] [--seeds 5] [--steps 60] [--save]
+    python -m bench.convergence [--arms base,grpo] [--seeds 5] [--steps 50] [--save]
 
 A tiny policy that judges itself (examples/tiny_policy) trains with equal rollouts in every arm: the
 base is Grad2Reward as the paper has it, the others change one factor of it (convergence_arms.py).
@@ -218,7 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated; all")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "convergence")
     parser.add_argument("--save", action="store_true", help="write bench/results/convergence.json")

@@ -178,6 +178,16 @@ def test_what_a_folder_with_a_run_refuses(tmp_path: Path) -> None:
         train(other)
 
 
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", steps=1, evaluate_every=0)
+    (tmp_path / "run").mkdir()
+    lock = loop._lock(tmp_path / "run")
+    with pytest.raises(InputError, match="another process is training"):
+        train(config)
+    lock.close()
+    assert train(config).is_dir()
+
+
 def test_a_judge_that_is_not_the_one_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ Where this differs from arXiv 2602.01791, first:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -71,6 +72,7 @@ def train(config: TrainConfig) -> Path:
     if final.is_dir():
         _check_same_run(config, json.loads((output / "config.json").read_text()))
         return final
+    lock = _lock(output) if accelerator.is_main_process else None
     share = _share(config, accelerator.num_processes)
     needs_judge = config.reward is None and config.method != "vigor"
     tasks = read_tasks(config.data, need_rubrics=needs_judge)
@@ -143,6 +145,8 @@ def train(config: TrainConfig) -> Path:
     if log is not None:
         log.close()
         _finish(output, models)
+    if lock is not None:
+        lock.close()
     accelerator.wait_for_everyone()
     return final
 
@@ -163,6 +167,19 @@ def _output(config: TrainConfig) -> Path:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _lock(output: Path) -> Any:
+    """Held as long as the file is open; a process that dies, in whatever way, lets go of it."""
+    lock = open(output / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(
+            f"another process is training in {output}", fix="Wait for it, or choose another output."
+        ) from None
+    return lock
 
 
 def _share(config: TrainConfig, processes: int) -> int:
