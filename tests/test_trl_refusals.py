@@ -92,6 +92,10 @@ def test_a_missing_column_is_named():
 def test_no_judge_and_options_for_one():
     with pytest.raises(TypeError, match=r"judge is not a Judge; expected Judge\(model"):
         Grad2Reward(judge().model)
+    with pytest.raises(TypeError, match=r"advantage cannot be read; expected AdvantageConfig\("):
+        Grad2Reward(judge(), advantage="returns_pooled")
+    with pytest.raises(ValueError, match="unknown verdict"):
+        Grad2Reward(judge(), verdict="maximum")
     with pytest.raises(ValueError, match="judge_options are for a judge that is made here"):
         Grad2Reward(judge(), judge_options={"true": "Yes"})
     built = trainer(Dense, Grad2Reward(judge_options={"true": " kind", "scaffold": "grader"}))

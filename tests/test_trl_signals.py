@@ -105,6 +105,11 @@ def test_g2rl_needs_every_reward():
         trained(Dense, G2RL(some))
 
 
+def test_g2rl_counts_the_rewards():
+    with pytest.raises(InputError, match=r"arguments differ in length.*rewards with 1"):
+        trained(Dense, G2RL(lambda **columns: [1.0]))
+
+
 # VIGOR --------------------------------------------------------------------------------------------
 
 

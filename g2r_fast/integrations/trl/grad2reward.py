@@ -65,6 +65,17 @@ class Grad2Reward(Signal):
                 expected="Judge(model, tokenizer), RewardModel(model, tokenizer) or None",
                 got=type(self.judge).__name__,
             )
+        for name, kind in (("attribution", AttributionConfig), ("advantage", AdvantageConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputTypeError(
+                    f"{name} cannot be read",
+                    expected=f"{kind.__name__}(...)",
+                    got=repr(getattr(self, name)),
+                )
+        if self.verdict not in ("argmax", "sample"):
+            raise InputError(
+                "unknown verdict", expected="'argmax' | 'sample'", got=repr(self.verdict)
+            )
         if self.judge is not None and self.judge_options:
             raise InputError(
                 "judge_options are for a judge that is made here",
@@ -103,9 +114,8 @@ class Grad2Reward(Signal):
     ) -> AttributionBatch:
         """Rows with a rubric, judged; advantages are formed later, over all processes."""
         assert judge is not None  # __call__ and attach see to it
-        verdict = self.verdict if isinstance(judge, Judge) else "argmax"
         return attribute_batch(
-            judge, prompts, completion_ids, items, 1, attribution, verdict=verdict,
+            judge, prompts, completion_ids, items, 1, attribution, verdict=self.verdict,
             engine=self.engine, max_tokens=self.max_tokens, **options,
         )  # fmt: skip
 

@@ -155,7 +155,7 @@ def check_rows(output: Mapping[str, Any], rollouts: Rollouts) -> None:
     ids, advantages = output["completion_ids"], output["advantages"]
     rows = rollouts.completion_ids
     same = len(ids) == len(rows) and all(
-        padded[: len(row)].tolist() == row for padded, row in zip(ids, rows, strict=True)
+        padded[: len(row)] == row for padded, row in zip(ids.tolist(), rows, strict=True)
     )
     if not same or advantages.shape != (len(rows),):
         raise has_moved(

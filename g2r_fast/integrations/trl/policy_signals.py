@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import g2rl, grail, vigor
+from ...checks import check_lengths
 from ...errors import InputError
 from .host import Host, check_function, check_unsharded
 from .signals import AttachedSignal, Signal
@@ -152,6 +153,7 @@ class _G2RL(_OfPolicy):
         rewards = self.signal.reward(prompts=prompts, completions=completions, **columns)
         started = time.perf_counter()
         rollouts, signal, policy = self.sampled(), self.signal, self.host.policy
+        check_lengths(prompts=prompts, rewards=rewards)
         for row, reward in enumerate(rewards):
             if reward is None:
                 raise InputError(
