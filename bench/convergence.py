@@ -1,6 +1,6 @@
 """Does a reward per token learn faster? The paper's claim in miniature, with controls.
 
-    python -m bench.convergence [--arms base,grpo] [--seeds 5] [--steps 50] [--save]
+    python -m bench.convergence [--arms base,grpo] [--seeds 5] [--steps 40] [--save]
 
 A tiny policy that judges itself (examples/tiny_policy) trains with equal rollouts in every arm: the
 base is Grad2Reward as the paper has it, the others change one factor of it (convergence_arms.py).
@@ -63,11 +63,14 @@ def run_arm(name: str, seed: int, steps: int, folder: Path, settings: Path = SET
     return output
 
 
-def curve_of(output: Path) -> dict[str, Any]:
-    """What the log of a run says: the held-out scores by step, and means over steps."""
+def curve_of(output: Path, steps: int) -> dict[str, Any]:
+    """What the log of a run says: the held-out scores by step, and means over steps.
+
+    Of its first `steps` steps: a run does not depend on how many are to come.
+    """
     from g2r_fast.training.log import read_log
 
-    lines = read_log(output)
+    lines = [line for line in read_log(output) if line["step"] <= steps]
     scores = [
         (int(line["step"]), line["evaluation/score"])
         for line in lines
@@ -178,11 +181,11 @@ def measure(
     started = time.perf_counter()
     with context.Pool(processes, maxtasksperchild=8) as pool:
         for done, output in enumerate(pool.imap_unordered(_run, jobs), start=1):
-            curve = curve_of(output)
+            curve = curve_of(output, steps)
             scores = " ".join(f"{score:.3f}" for score in curve["scores"])
             spent = time.perf_counter() - started
             print(f"{done}/{len(jobs)} {spent:6.0f} s {output.name}: {scores}", flush=True)
-    curves = {arm: [curve_of(folder / f"{arm}-{seed}") for seed in range(seeds)] for arm in arms}
+    curves = {arm: [curve_of(folder / f"{arm}-{seed}", steps) for seed in range(seeds)] for arm in arms}
     return summary(curves, steps)
 
 
@@ -218,7 +221,7 @@ def main() -> None:
     )
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated; all")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "convergence")
     parser.add_argument("--save", action="store_true", help="write bench/results/convergence.json")

@@ -37,5 +37,4 @@ ARMS: dict[str, Arm] = {
     "scaled-sequence": Arm("scaled_sequence", {"estimator": "scaled_sequence"}),
     "sharp-dot": Arm("τ = auto and scaled_sequence: dot", SHARP),
     "sharp-shuffled": Arm("the same, shuffled", SHARP | {"shuffle": True}),
-    "sharp-l2": Arm("the same, L2 norm", SHARP | {"readout": "l2"}),
 }

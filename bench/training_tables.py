@@ -36,7 +36,7 @@ _RATIO: dict[str, Cell] = {
     "length at the end": value("final_length", lambda found: f"{found:.1f}"),
 }
 _READOUTS = ("grpo", "base", "uniform", "shuffled", "l2")
-_SHARP = ("sharp-dot", "sharp-shuffled", "sharp-l2")
+_SHARP = ("sharp-dot", "sharp-shuffled")
 
 # Of each table: its rows' arms, and its columns.
 ARM_TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {

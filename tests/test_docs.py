@@ -27,6 +27,7 @@ from documents import (
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS += ["docs/records.md", "docs/canaries.md", "docs/audit.md"]
+DOCUMENTS += ["docs/training.md"]
 DOCUMENTS += ["docs/grail.md", "docs/g2rl.md", "docs/vigor.md", "docs/your-own-signal.md"]
 
 

@@ -34,7 +34,7 @@ def test_the_diff_that_is_shown_is_the_real_one():
     texts = [path.read_text(encoding="utf-8").splitlines() for path in (PLAIN, DENSE)]
     names = [str(path.relative_to(ROOT)) for path in (PLAIN, DENSE)]
     expected = "\n".join(difflib.unified_diff(*texts, *names, n=1, lineterm=""))
-    (shown,) = read(NAME).of("diff")
+    (shown,) = read("README.md").of("diff")
     assert shown.text == expected
 
 
