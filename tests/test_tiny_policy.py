@@ -60,7 +60,7 @@ def test_it_writes_and_judges_what_it_wrote(policy: Judge) -> None:
     torch.manual_seed(11)
     found = measure_records(policy, read(FOLDER / "train.jsonl")[::6])
     assert found["items"] == 16 * 8 * 6
-    assert found["accuracy"] >= 0.93
+    assert found["accuracy"] >= 0.95
     assert found["accuracy_true"] >= 0.85  # a judge that always says False is right in four of five
     assert found["ended"] >= 0.95
     assert 0.0 <= found["score"] <= 0.5 and found["score_sd_in_group"] >= 0.1

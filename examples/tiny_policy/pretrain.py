@@ -8,8 +8,9 @@ once: to answer a prompt (log-likelihood of a response, end of turn included) an
 `Judge(model, tokenizer, scaffold="continuation")`, the question as the next turn after the
 response, several rubric items to a pass and half of them True.
 
-Responses to judge are written as the policy should write, or in every other way, or, after a while,
-sampled from the policy itself. The rule of `environment.py` says what is True.
+Responses to judge are written as the policy should write, or in every other way; after a while also
+sampled from the policy itself, and from policies trained against the judge (`attack.py`). The rule
+of `environment.py` says what is True.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attack import attack
 from environment import DOMAINS, HERE, TOPIC, Messages, criterion, named, prompt
 from measure import measure, write_model_card
 from packed import IGNORE, Row, hidden_states, pack_judgements, pack_responses, sample
@@ -43,15 +45,17 @@ MODEL = HERE / "model"
 @dataclass(frozen=True)
 class Settings:
     seed: int = 0
-    steps: int = 700
+    steps: int = 1200
     prompts: int = 8  # to learn writing from, per step
     written: int = 5  # responses to each of them
-    judged: int = 6  # responses to judge, per step
+    judged: int = 9  # responses to judge, per step
     items: int = 4  # rubric items to each of them
     learning_rate: float = 2e-3
     warmup: int = 30
-    own_after: int = 400  # steps after which the policy's own responses are judged too
-    own_every: int = 50  # steps after which they are sampled anew
+    own_after: int = 400  # steps after which a third of what is judged is the policy's own
+    attacked_after: int = 600  # and another third comes from policies trained against the judge
+    every: int = 100  # steps after which both are sampled anew
+    attack: int = 20  # steps of training against the judge
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,11 @@ class Examples:
         domains = [self.rng.choice(DOMAINS) for _ in range(count)]
         prompts = [prompt(domain, self.rng) for domain in domains]
         half = count // 2
-        responses = sample(self.judge, prompts[:half]) + sample(self.judge, prompts[half:], 1.3)
+        responses = sample(self.judge, prompts[:half]) + sample(self.judge, prompts[half:], 1.4)
         return [self._ask(*one) for one in zip(domains, prompts, responses, strict=True)]
+
+    def attacked(self, steps: int) -> list[Judged]:
+        return [self._ask(*rollout) for rollout in attack(self.judge, self.rng, steps)]
 
     def _ids(self, text: str, ended: bool) -> list[int]:
         ids = self.judge.tokenizer.encode(text, add_special_tokens=False)
@@ -141,12 +148,19 @@ def train(judge: Judge, settings: Settings, log: Callable[[str], None] = print) 
         ),
     )
     examples = Examples(judge, settings)
-    started, running, own = time.perf_counter(), {}, []
+    started, running = time.perf_counter(), {}
+    own: list[Judged] = []
+    attacked: list[Judged] = []
     for step in range(settings.steps):
-        if step >= settings.own_after and step % settings.own_every == 0:
-            own = examples.own(settings.own_every * settings.judged // 3)
-        judged = [examples.judged() for _ in range(settings.judged - (2 if own else 0))]
-        judged += examples.rng.sample(own, 2 if own else 0)
+        if step % settings.every == 0:
+            if step >= settings.own_after:
+                own = examples.own(settings.every * settings.judged // 3)
+            if step >= settings.attacked_after:
+                attacked += examples.attacked(settings.attack)
+        third = settings.judged // 3
+        judged = examples.rng.sample(own, third) if own else []
+        judged += examples.rng.sample(attacked, third) if attacked else []
+        judged += [examples.judged() for _ in range(settings.judged - len(judged))]
         written = [examples.written(settings.written) for _ in range(settings.prompts)]
         found = losses(judge, written, judged)
         optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 
 `Writer(seed).response(domain)` -> 2 to 4 short sentences on topics of the domain, drawn so that
 a rubric of `environment.py` is rarely met: what it wants is not what is most often said.
-`Writer(seed).any_response(domain)` -> 1 to 6 sentences, all topics alike, one in two damaged.
+`Writer(seed).any_response(domain)` -> 1 to 6 sentences, all topics alike, some of them damaged.
 """
 
 from __future__ import annotations
@@ -39,21 +39,24 @@ class Writer:
         here = [topic for topic in TOPICS if topic.domain == domain]
         topics = self.rng.sample(here, self.rng.randint(1, MOST_SENTENCES))
         phrases = [self.phrase(topic) for topic in topics]
-        at = self.rng.randrange(len(phrases))
-        damage = self.rng.choice((None, None, None, None, "splice", "swap", "repeat", "cut"))
-        if damage == "repeat":
-            phrases.insert(self.rng.randint(0, len(phrases)), phrases[at])
-        elif damage in ("splice", "swap"):
-            words, others = phrases[at].split(), self.phrase(self.rng.choice(here)).split()
-            start, other = self.rng.randrange(len(words)), self.rng.randrange(len(others))
-            end = len(words) if damage == "splice" else start + 1
-            words[start:end] = others[other:] if damage == "splice" else [others[other]]
-            phrases[at] = " ".join(words)
+        for at in range(len(phrases)):
+            if self.rng.random() < 0.3:
+                phrases[at] = self.damaged(phrases[at], self.phrase(self.rng.choice(here)))
+        if self.rng.random() < 0.2:
+            phrases.insert(self.rng.randint(0, len(phrases)), self.rng.choice(phrases))
         text = " ".join(map(self.sentence, phrases))
-        if damage == "cut":
-            pieces = text.split(" ")
-            text = " ".join(pieces[: self.rng.randint(1, len(pieces))])
+        if self.rng.random() < 0.2:
+            words = text.split(" ")
+            text = " ".join(words[: self.rng.randint(1, len(words))])
         return text
+
+    def damaged(self, phrase: str, other: str) -> str:
+        """The phrase with a piece cut out, or a piece of the other's put in its place."""
+        words, others = phrase.split(), other.split()
+        start, stop = sorted(self.rng.sample(range(len(words) + 1), 2))
+        first, last = sorted(self.rng.sample(range(len(others) + 1), 2))
+        words[start:stop] = others[first:last] if self.rng.random() < 0.5 else []
+        return " ".join(words or others)
 
     def sentence(self, phrase: str) -> str:
         text = self.rng.choice(FRAMES).format(vp=phrase)
