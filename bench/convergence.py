@@ -185,7 +185,9 @@ def measure(
             scores = " ".join(f"{score:.3f}" for score in curve["scores"])
             spent = time.perf_counter() - started
             print(f"{done}/{len(jobs)} {spent:6.0f} s {output.name}: {scores}", flush=True)
-    curves = {arm: [curve_of(folder / f"{arm}-{seed}", steps) for seed in range(seeds)] for arm in arms}
+    curves = {
+        arm: [curve_of(folder / f"{arm}-{seed}", steps) for seed in range(seeds)] for arm in arms
+    }
     return summary(curves, steps)
 
 
