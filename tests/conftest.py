@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
     # Kernels decide when they are defined, and Triton's own library when triton is imported.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py"
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import quicken
+
+        quicken()
 
 # The models in here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
