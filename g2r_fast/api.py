@@ -150,6 +150,8 @@ def attribute_batch(
             "engine": attributed - encoded,
             "total": time.perf_counter() - started,
         }
+        if run.backward_seconds is not None:
+            stats["seconds"]["backward"] = run.backward_seconds
         logger.info(
             "%s engine (%s): %d sequences, %d of %d forward rows, %d backward rows, %.2f s",
             chosen_engine.name, run.backend, len(sequences), run.rows_forward, run.rows_unshared,

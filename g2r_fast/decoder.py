@@ -7,6 +7,7 @@ and nothing else. The last layer is computed for the rows that are read, beyond 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -52,6 +53,7 @@ class FrozenDecoder:
 
     def __init__(self, model: Any) -> None:
         self.weights = read_weights(model)
+        self.backward_seconds = 0.0  # of every run so far; on a GPU, of its launches
 
     @property
     def shape(self) -> DecoderShape:
@@ -95,7 +97,12 @@ class FrozenDecoder:
                     chosen.extend(start + i for i in cotangents.reads)
                     grads.append(ops.linear_backward(backend, cotangents.values, self.weights.head))
                 del cotangents  # [reads, V]: the next one needs the room
-        return self.backward(tape, chosen, torch.cat(grads), signal) if chosen else 0
+        if not chosen:
+            return 0
+        started = time.perf_counter()
+        rows = self.backward(tape, chosen, torch.cat(grads), signal)
+        self.backward_seconds += time.perf_counter() - started
+        return rows
 
     def _chunks(self, plan: PackedPlan, whole: bool) -> Iterator[tuple[int, int]]:
         """Stretches of the plan's reads whose logits are alive together; with `whole`, none ends

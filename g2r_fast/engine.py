@@ -117,6 +117,7 @@ class PackedEngine:
             limit, weights = self._budget(sequences, shape, max_bytes)
         else:
             limit = max_tokens
+        before = self.decoder.backward_seconds
         queue = deque(micro_batches(sequences, limit, weights))
         while queue:
             chosen = queue.popleft()
@@ -145,6 +146,8 @@ class PackedEngine:
             done.micro_batches += 1
             if progress is not None:
                 progress(len(chosen))
+        if self.decoder.weights.device.type == "cpu":
+            done.backward_seconds = self.decoder.backward_seconds - before
         return done
 
     def _attempt(self, plan: PackedPlan, signal: Signal) -> int | None:

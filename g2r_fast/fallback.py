@@ -44,6 +44,8 @@ class EngineRun:
     micro_batches: int = 0
     backend: str = "transformers"  # what ran the operations
     backends_refused: dict[str, str] = field(default_factory=dict)  # those before it, and why
+    # Of the way back alone. None where it cannot be told: on a GPU it would take a wait.
+    backward_seconds: float | None = None
 
 
 class AutogradEngine:

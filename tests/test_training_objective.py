@@ -64,6 +64,8 @@ def test_is_the_equation(
     loss = "token_mean" if by_token else "sequence_mean"
     options = {"clip_low": low, "clip_high": high, "loss": loss, "kl": kl}
     got = policy_loss(logps, old, advantages, mask, reference_logps=reference, **options)
+    got.loss.backward()
+    assert bool(logps.grad.isfinite().all()) and not bool(logps.grad[~mask].any())
     wanted = definition(*parts[:3], low, high, parts[3], kl, by_token)
     assert float(got.loss) == pytest.approx(wanted, rel=1e-12, abs=1e-14)
 

@@ -32,7 +32,7 @@ def figures(step: int) -> dict[str, float]:
         "response/truncated": 0.125,
         "policy/kl": 0.00123,
         "seconds/sample": 1.25,
-        "seconds/signal": 0.4,
+        "seconds/judge": 0.4,
         "seconds/step": 2.0,
     }
     return found | ({"evaluation/score": 0.5 + step / 100} if step % 5 == 0 else {})
@@ -59,7 +59,7 @@ def test_one_plain_line_every_few_steps() -> None:
     assert [re.findall(r"step (\d+)/23", line) for line in lines[3:]] == [["10"], ["20"], ["23"]]
     assert lines[0] == (
         "step 3/23  reward 0.253  entropy of alpha 0.9875  length 81.25  truncated 12%  "
-        "KL 0.00123  seconds 2 (sample 1.2, signal 0.4)"
+        "KL 0.00123  seconds 2 (sample 1.2, judge 0.4)"
     )
     # In full, on one line, as it stands; what would act on the terminal is spelled out.
     assert lines[1] == "ALARM length drift: [red]it[/red] " + "x " * 100
@@ -76,7 +76,7 @@ def test_live_figures_on_a_terminal() -> None:
         ("entropy of alpha", "0.9875", "0.9875"),
     ):
         assert re.search(rf"{label} +{now} +{first}\s", last), label
-    assert "seconds 2 (sample 1.2, signal 0.4)" in last and re.search(r"\d:\d\d:\d\d left", last)
+    assert "seconds 2 (sample 1.2, judge 0.4)" in last and re.search(r"\d:\d\d:\d\d left", last)
     assert "policy entropy" not in last  # there was none
     assert text.count("ALARM") == 1
     assert text.count("x ") >= 100 and "[red]it[/red]" in text and "\x1b[2J" not in text

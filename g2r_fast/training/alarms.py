@@ -247,9 +247,9 @@ class Alarms:
                 return (
                     f"the judge's reward rises and the held-out score does not: {rise:+.3g} "
                     f"against {held_out:+.3g}. What the policy learns pleases the judge alone"
-                    f"{self._length_so_far()}. Read the best-paid responses, go back to the "
-                    "checkpoint with the best held-out score, and mend rubric or judge, or hold "
-                    "the policy closer with a KL term."
+                    f"{self._length_so_far()}. Read the best-paid responses, and begin "
+                    "again with a mended rubric or judge, a lower learning rate, or a KL term that "
+                    "holds the policy closer."
                 )
         return None
 
@@ -281,7 +281,7 @@ class Alarms:
             return None
         return (
             f"{share:.0%} of the responses are cut off at the limit: they are judged on a fragment "
-            "and never taught to end. Allow more tokens, or mask what is cut off out of the loss."
+            "and never taught to end. Allow more tokens, or set mask_truncated."
         )
 
     def _spreadless(self, _: Mapping[str, float]) -> str | None:
@@ -309,8 +309,8 @@ class Alarms:
             return None
         return (
             f"the policy's entropy collapsed, from {start:.3g} to {now:.3g} nats a token: the "
-            "responses of a group are nearly one and the same. Go back some checkpoints and train "
-            "with a lower learning rate, a KL term, or divide_by_std=False."
+            "responses of a group are nearly one and the same. Begin again with a "
+            "lower learning rate, a KL term, or divide_by_std=False."
         )
 
     # --- what they have in common -----------------------------------------------------------------
@@ -371,9 +371,8 @@ def _advice_for(names: Sequence[str]) -> str:
     parts = {name.partition("/")[0] for name in names}
     if "policy" in parts:
         return (
-            "Weights that took such an update stay so: stop, go back to the last checkpoint before "
-            "this step, and train with a lower learning rate, a smaller limit of the gradient's "
-            "norm, or in bfloat16 or float32 instead of float16."
+            "An update whose gradient is not finite was left out; if it comes again, begin anew "
+            "with a lower learning rate or a smaller limit of the gradient's norm."
         )
     if parts & {"reward", "verdict", "attribution", "canaries"}:
         return (

@@ -42,9 +42,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 def replace_folder(unfinished: Path, folder: Path) -> None:
     """`unfinished` becomes `folder`, in one step where there was none."""
-    for file in unfinished.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+    for file in unfinished.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
     os.replace(unfinished, folder)
     _sync(folder.parent)
 

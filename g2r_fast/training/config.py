@@ -19,9 +19,13 @@ from .alarms import AlarmLimits
 __all__ = ["METHODS", "TrainConfig", "add_options", "config_of", "read_yaml"]
 
 METHODS = ("grpo", "grad2reward", "grail", "g2rl", "vigor")
+DTYPES = ("float32", "bfloat16")
+NAMES = ("trackers", "allow_tokens")  # settings that are lists of names
 LOSSES = ("sequence_mean", "token_mean")
 # May differ between a run and its continuation: they change nothing that was computed so far.
-FREE_TO_CHANGE = ("steps", "output", "checkpoint_every", "keep_checkpoints", "trackers", "progress")
+FREE_TO_CHANGE = {"steps", "output", "checkpoint_every", "keep_checkpoints", "trackers", "progress"}
+# Change how sums are cut and so their last bits, and nothing else: after running out of memory.
+CHANGES_BITS = {"micro_batch_tokens", "sample_batch", "max_tokens", "gradient_checkpointing"}
 
 
 def _option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -48,15 +52,19 @@ class TrainConfig:
     reward: str | None = _option(None, "FILE.py:FUNCTION(record, response) -> number, no judge")
     lora_rank: int = _option(0, "train LoRA adapters of this rank; 0: all weights")
     lora_alpha: float = _option(32.0, "the adapters' output is scaled by alpha / rank")
-    dtype: str = _option("float32", "of the policy's weights", ("float32", "bfloat16"))
-    judge_dtype: str = _option("float32", "of a judge beside the policy", ("float32", "bfloat16"))
+    true_word: str = _option("True", "the judge's word for a rubric item that is met")
+    false_word: str = _option("False", "its word for one that is not")
+    allow_tokens: tuple[str, ...] = _option((), "control tokens that responses may hold")
+    dtype: str = _option("float32", "of the policy's weights; bfloat16 with LoRA only", DTYPES)
+    judge_dtype: str = _option("float32", "of a judge or reference beside the policy", DTYPES)
     autocast: bool = _option(False, "bfloat16 products in the policy's update")
+    gradient_checkpointing: bool = _option(False, "activations are computed twice, not kept")
 
     # Rollouts.
     sampler: str = _option("transformers", "what generates", ("transformers", "vllm"))
     prompts_per_step: int = _option(32, "over all processes")
     group_size: int = _option(8, "responses of one prompt")
-    sample_batch: int = _option(256, "responses generated side by side")
+    sample_batch: int = _option(64, "responses generated side by side")
     max_new_tokens: int = _option(4096, "of a response; one without an end is cut there")
     temperature: float = _option(0.7, "of sampling; the log-probabilities are taken at it too")
     top_p: float = _option(0.8, "of sampling; 1 keeps every token")
@@ -80,9 +88,10 @@ class TrainConfig:
     # The update.
     iterations: int = _option(1, "passes over the rollouts of a step")
     minibatches: int = _option(1, "optimiser steps of a pass")
-    micro_batch_tokens: int = _option(8192, "padded tokens of one forward and backward")
+    micro_batch_tokens: int = _option(4096, "padded tokens of one forward and backward")
     clip_low: float = _option(0.2, "the ratio counts down to 1 - this")
     clip_high: float = _option(0.2, "the ratio counts up to 1 + this")
+    mask_truncated: bool = _option(False, "responses that were cut have no part in the loss")
     loss: str = _option(
         "sequence_mean", "mean over a response's tokens first, or over all of them alike", LOSSES
     )
@@ -103,7 +112,7 @@ class TrainConfig:
     checker: str | None = _option(
         None, "FILE.py:FUNCTION(record, response) -> number, not trained on"
     )
-    canaries_every: int = _option(0, "steps between canary checks of the judge; 0: none")
+    canaries_every: int = _option(50, "steps between canary checks of the judge; 0: none")
     trackers: tuple[str, ...] = _option((), "tensorboard, wandb, besides log.jsonl")
     progress: bool = _option(True, "live figures on stderr")
     alarms: AlarmLimits = dataclasses.field(default_factory=AlarmLimits, metadata={"help": ""})
@@ -137,8 +146,18 @@ class TrainConfig:
             )
         if self.evaluate_every and self.held_out is None:
             raise InputError("evaluate_every needs held_out", expected="JSON Lines of prompts")
-        if self.canaries_every and (self.reward is not None):
-            raise InputError("canaries_every needs a judge", got=f"reward={self.reward!r}")
+        if self.method == "vigor" and (self.judge is not None or self.reward is not None):
+            raise InputError("method 'vigor' ranks by gradients", expected="no judge and no reward")
+        if self.dtype == "bfloat16" and not self.lora_rank:
+            raise InputError(
+                "bfloat16 weights cannot be trained: at a usual learning rate an update is smaller "
+                "than their last bit",
+                expected="dtype='float32', with autocast=True for bfloat16 products, or lora_rank",
+            )
+        if self.sampler == "vllm" and self.lora_rank:
+            raise InputError(
+                "sampler 'vllm' does not take LoRA adapters", fix="Use 'transformers'."
+            )
 
     def _check_numbers(self) -> None:
         at_least_one = (
@@ -180,16 +199,21 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
-        return dataclasses.asdict(self) | {"trackers": list(self.trackers)}
+        lists = {name: list(getattr(self, name)) for name in NAMES}
+        return dataclasses.asdict(self) | lists
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Where a run with these settings would not continue one that had `other`."""
-        mine = self.to_dict()
-        return [
-            f"{name}: {other.get(name)!r} then, {value!r} now"
-            for name, value in mine.items()
+    def differences(self, other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Where a run with these settings would not continue one that had `other`; and where it
+        would, with other last bits."""
+        differ = {
+            name: f"{name}: {other.get(name)!r} then, {value!r} now"
+            for name, value in self.to_dict().items()
             if name not in FREE_TO_CHANGE and other.get(name) != value
-        ]
+        }
+        return (
+            [text for name, text in differ.items() if name not in CHANGES_BITS],
+            [text for name, text in differ.items() if name in CHANGES_BITS],
+        )
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:
@@ -201,8 +225,9 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
             f"unknown settings: {', '.join(unknown)}", expected=f"of {', '.join(sorted(known))}"
         )
     given = dict(values)
-    if isinstance(given.get("trackers"), list):
-        given["trackers"] = tuple(given["trackers"])
+    for name in NAMES:
+        if isinstance(given.get(name), list):
+            given[name] = tuple(given[name])
     if isinstance(given.get("alarms"), Mapping):
         limits = {field.name for field in dataclasses.fields(AlarmLimits)}
         odd = sorted(set(given["alarms"]) - limits)
@@ -243,7 +268,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif field.name == "trackers":
+        elif field.name in NAMES:
             parser.add_argument(flag, type=_names_in, **options)
         elif choices := field.metadata["choices"]:
             parser.add_argument(flag, choices=choices, **options)

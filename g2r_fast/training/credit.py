@@ -110,6 +110,8 @@ def _grad2reward(
     for name in ("entropy", "top10_mass", "top1_mass"):
         if name in batch.stats:
             credit.figures[f"attribution/{name}"] = batch.stats[name]
+    if "backward" in batch.stats["seconds"]:
+        credit.figures["seconds/gradient"] = batch.stats["seconds"]["backward"]
     control = config.shuffle or config.readout == "uniform"
     credit.figures["attribution/control"] = float(control)
     return credit

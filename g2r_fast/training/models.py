@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..adapters import adapters_off, base_model
+from ..checks import position_limit
 from ..errors import InputError
 from ..judge import Judge
 from .config import TrainConfig
+from .tasks import Task, prompt_ids
 
-__all__ = ["Models", "load_models"]
+__all__ = ["Models", "check_positions", "load_models"]
 
 
 @dataclass
@@ -78,13 +80,25 @@ def load_models(config: TrainConfig, device: torch.device) -> Models:
     elif needs_frozen:
         frozen = copy.deepcopy(policy).requires_grad_(False)
         frozen = frozen.to(getattr(torch, config.judge_dtype))
+    if config.gradient_checkpointing:
+        model = base_model(policy)
+        # Its name from transformers 5.24 on, and before.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     judge = None
+    options: dict[str, Any] = {
+        "true": config.true_word,
+        "false": config.false_word,
+        "allow_tokens": config.allow_tokens,
+    }
     if self_judging:
-        scaffold = config.scaffold or "continuation"
-        judge = (
-            Judge(policy, tokenizer, scaffold, adapters="off")
-            if frozen is None
-            else Judge(frozen, tokenizer, scaffold)
+        judge = Judge(
+            policy if frozen is None else frozen,
+            tokenizer,
+            config.scaffold or "continuation",
+            adapters="off" if frozen is None else None,
+            **options,
         )
     elif config.judge is not None:
         judge = Judge.from_pretrained(
@@ -93,9 +107,32 @@ def load_models(config: TrainConfig, device: torch.device) -> Models:
             dtype=getattr(torch, config.judge_dtype),
             device=device,
             policy_tokenizer=tokenizer,
+            **options,
         )
     is_reference = self_judging and judge is not None and judge.continues
     return Models(policy, tokenizer, judge, frozen, is_reference)
+
+
+def check_positions(models: Models, config: TrainConfig, tasks: Sequence[Task]) -> None:
+    """Raise InputError for a prompt whose response, and its judge's question, may run past the
+    model's positions: better now than in the middle of the run."""
+    limit, judge = position_limit(models.policy), models.judge
+    if limit is None:
+        return
+    for index, task in enumerate(tasks):
+        prompt = len(prompt_ids(models.tokenizer, task.prompt))
+        asked = 0
+        if judge is not None and judge.continues:
+            questions = [len(judge.encode_rubric(rubric)) for rubric in task.rubrics]
+            asked = len(judge.turn_end) + max(questions, default=0)
+        if prompt + config.max_new_tokens + asked > limit:
+            raise InputError(
+                "a prompt and its response may run past the model's positions",
+                expected=f"at most {limit} tokens",
+                got=f"{prompt} + max_new_tokens {config.max_new_tokens} + judge's question {asked}",
+                index=f"prompt {index}",
+                fix="Lower max_new_tokens, or leave the prompt out.",
+            )
 
 
 def _with_lora(policy: Any, config: TrainConfig) -> Any:
@@ -111,4 +148,4 @@ def _with_lora(policy: Any, config: TrainConfig) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(policy, lora)
+    return get_peft_model(policy, lora).eval()  # PEFT leaves it in train mode

@@ -65,9 +65,14 @@ def policy_loss(
             A micro-batch passes that of its whole batch. A response without tokens counts as 0.
         reference_logps: `[B, T]`, for the KL term.
 
-    Returns ObjectiveParts. What lies outside the mask may hold anything finite.
+    Returns ObjectiveParts. What lies outside the mask may hold anything.
     """
-    mask = mask.to(logps.dtype)
+    inside = mask > 0
+    mask = inside.to(logps.dtype)
+    # Before any exp: inf * 0 is NaN, in the loss or in its gradient.
+    logps, old_logps, advantages = (
+        torch.where(inside, values, 0.0) for values in (logps, old_logps, advantages)
+    )
     ratio = (logps - old_logps).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, bounded * advantages)
@@ -75,7 +80,7 @@ def policy_loss(
     if kl:
         if reference_logps is None:
             raise ValueError("a KL term needs reference_logps")
-        divergence = kl_estimate(logps, reference_logps)
+        divergence = kl_estimate(logps, torch.where(inside, reference_logps, 0.0))
         objective = objective - kl * divergence
     if loss == "sequence_mean":
         total = ((objective * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
@@ -84,7 +89,7 @@ def policy_loss(
         total = (objective * mask).sum()
         count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     with torch.no_grad():
-        clipped = (bounded * advantages < ratio * advantages) & (mask > 0)
+        clipped = (bounded * advantages < ratio * advantages) & inside
     return ObjectiveParts(
         -total / count, clipped, ratio.detach(), None if divergence is None else divergence.detach()
     )

@@ -32,7 +32,8 @@ _SHOWN = (
     ("policy/kl", "KL", ".3g"),
     ("policy/clipped", "clipped", ".1%"),
 )
-SECONDS = ("sample", "signal", "reference", "update", "evaluation")  # parts of seconds/step
+# Parts of seconds/step. What a method adds is its gradient.
+SECONDS = ("sample", "judge", "gradient", "reference", "update", "evaluation")
 
 
 class Progress:
@@ -158,7 +159,7 @@ def line_of(figures: Mapping[str, float], total_steps: int) -> str:
 
 
 def _seconds(figures: Mapping[str, float]) -> str:
-    """Seconds of a step, and of its parts: `"2.1 (sample 1.2, signal 0.4)"`."""
+    """Seconds of a step, and of its parts: `"2.1 (sample 1.2, judge 0.4)"`."""
     parts = [(p, figures[f"seconds/{p}"]) for p in SECONDS if f"seconds/{p}" in figures]
     whole = figures.get("seconds/step", math.fsum(value for _, value in parts))
     told = ", ".join(f"{part} {value:.2g}" for part, value in parts)

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ..adapters import adapter_layers
 from ..errors import InputError
 from .config import TrainConfig
 from .tasks import Task, prompt_ids
@@ -65,7 +64,11 @@ class _Sampler:
 
 
 class TransformersSampler(_Sampler):
-    """`policy.generate`, prompts padded on the left."""
+    """`policy.generate`, prompts padded on the left.
+
+    The model's own generation config (a repetition penalty, say) has no part in it: the
+    distribution that is sampled is the one whose log-probabilities are trained.
+    """
 
     @torch.no_grad()
     def __call__(self, policy: Any, tasks: Sequence[Task], group_size: int, seed: int) -> Rollouts:
@@ -85,10 +88,22 @@ class TransformersSampler(_Sampler):
         prompts = [
             ids for task in tasks for ids in [prompt_ids(self.tokenizer, task.prompt)] * group_size
         ]
-        was_training = policy.training
+        was_training, own = policy.training, policy.generation_config
         policy.eval()
+        policy.generation_config = GenerationConfig()
         torch.manual_seed(seed)
         sampled: list[list[int]] = []
+        try:
+            self._sample(policy, prompts, settings, sampled)
+        finally:
+            policy.generation_config = own
+            policy.train(was_training)
+        return self._rollouts(tasks, prompts, sampled, group_size)
+
+    def _sample(
+        self, policy: Any, prompts: list[list[int]], settings: Any, sampled: list[list[int]]
+    ) -> None:
+        config, pad = self.config, settings.pad_token_id
         for start in range(0, len(prompts), config.sample_batch):
             chosen = prompts[start : start + config.sample_batch]
             width = max(map(len, chosen))
@@ -102,8 +117,6 @@ class TransformersSampler(_Sampler):
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
             sampled += found[:, width:].tolist()
-        policy.train(was_training)
-        return self._rollouts(tasks, prompts, sampled, group_size)
 
 
 class VllmSampler(_Sampler):
@@ -132,10 +145,6 @@ class VllmSampler(_Sampler):
         )
 
     def __call__(self, policy: Any, tasks: Sequence[Task], group_size: int, seed: int) -> Rollouts:
-        if adapter_layers(policy):
-            raise InputError(
-                "sampler 'vllm' does not take LoRA adapters", fix="Use 'transformers'."
-            )
         weights = [(name, value.detach()) for name, value in policy.named_parameters()]
         self._engine.apply_model(lambda model: model.load_weights(weights))
         self._engine.reset_prefix_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -45,7 +46,8 @@ def read_tasks(path: str | Path, need_rubrics: bool = True) -> list[Task]:
     that trains for days should not have left out what somebody thinks it saw.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # A string of JSON may hold other ends of lines, as Unicode has them.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     tasks = []
@@ -120,10 +122,17 @@ def load_function(where: str) -> Checker:
     path, _, name = where.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise InputError("a function cannot be found", expected="FILE.py:FUNCTION", got=repr(where))
-    spec = spec_from_file_location(Path(path).stem, path)
+    spec = spec_from_file_location(f"_g2r_fast_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(Path(path).resolve().parent))  # its neighbours, as if it were run
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{path} has no function of that name", got=repr(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Sequence
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import base_model
 from .config import TrainConfig
 from .credit import Credit
 from .objective import ObjectiveParts, policy_loss, token_logps
 from .sampling import Rollouts
 
 __all__ = ["Rows", "Updater", "learning_rate", "micro_batches", "padded_rows"]
+
+
+ENTROPY_ROWS = 1024  # of logits that are float32 at a time, beside those of the update
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def padded_rows(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -
         ids[row, start:stop] = torch.tensor([*prompt, *completion])
         mask[row, start:stop] = 1
     ids, mask = ids.to(device), mask.to(device)
-    return Rows(ids, mask, ids[:, before:], mask[:, before:])
+    return Rows(ids, mask, ids[:, before:], mask[:, before:].clone())
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -119,7 +124,7 @@ class Updater:
         for batch in batches:
             last = batch is batches[-1]
             with nullcontext() if last else accelerator.no_sync(self.policy):
-                padded = padded_rows(rollouts, batch, accelerator.device)
+                padded = self._padded(rollouts, batch)
                 logits = self._logits(padded)
                 logps = token_logps(logits, padded.completion_ids, config.temperature)
                 parts = policy_loss(
@@ -146,11 +151,19 @@ class Updater:
         self.optimizer.zero_grad()
         tally.norms.append(norm)
 
+    def _padded(self, rollouts: Rollouts, batch: Sequence[int]) -> Rows:
+        padded = padded_rows(rollouts, batch, self.accelerator.device)
+        if self.config.mask_truncated:
+            finished = [rollouts.finished[i] for i in batch]
+            padded.mask.mul_(torch.tensor(finished, device=padded.mask.device)[:, None])
+        return padded
+
     def _normalizer(self, rollouts: Rollouts, rows: Sequence[int]) -> float:
         """Sequences, or tokens, of one process: gradients are averaged over processes."""
         if self.config.loss == "sequence_mean":
             return float(len(rows))
-        tokens = float(sum(len(rollouts.completion_ids[i]) for i in rows))
+        counted = [i for i in rows if rollouts.finished[i] or not self.config.mask_truncated]
+        tokens = float(sum(len(rollouts.completion_ids[i]) for i in counted))
         if self.accelerator.num_processes > 1:
             tokens = float(
                 self.accelerator.reduce(
@@ -167,11 +180,18 @@ class Updater:
             logits: Tensor = self.policy(
                 input_ids=padded.input_ids,
                 attention_mask=padded.attention_mask,
-                position_ids=(padded.attention_mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
-                logits_to_keep=length + 1,
+                **self._where_it_can(padded, length + 1),
             ).logits
         return logits[:, -length - 1 : -1]
+
+    def _where_it_can(self, padded: Rows, kept: int) -> dict[str, Any]:
+        """Arguments that not every model's forward has; some count positions by the mask."""
+        model = base_model(self.accelerator.unwrap_model(self.policy))
+        known = inspect.signature(type(model).forward).parameters
+        positions = (padded.attention_mask.cumsum(1) - 1).clamp(min=0)
+        wanted = {"position_ids": positions, "logits_to_keep": kept}
+        return {name: value for name, value in wanted.items() if name in known}
 
     @torch.no_grad()
     def _old_logps(self, rollouts: Rollouts) -> list[Tensor]:
@@ -183,8 +203,8 @@ class Updater:
             logps = token_logps(
                 self._logits(padded), padded.completion_ids, self.config.temperature
             )
-            for i, row, mask in zip(batch, logps, padded.mask, strict=True):
-                found[i] = row[mask.bool()]
+            for i, row in zip(batch, logps, strict=True):
+                found[i] = row[: len(rollouts.completion_ids[i])]
         return [found[i] for i in rows]
 
 
@@ -200,8 +220,9 @@ class _Tally:
     @torch.no_grad()
     def add(self, parts: ObjectiveParts, logits: Tensor, mask: Tensor, temperature: float) -> None:
         inside = mask.bool()
-        logps = (logits[inside].float() / temperature).log_softmax(-1)
-        self.entropy -= float((logps.exp() * logps).sum())
+        for rows in logits[inside].split(ENTROPY_ROWS):
+            logps = (rows.float() / temperature).log_softmax(-1)
+            self.entropy -= float((logps.exp() * logps).sum())
         self.tokens += float(mask.sum())
         self.clipped += float(parts.clipped.sum())
         self.loss += float(parts.loss)

@@ -67,16 +67,6 @@ class JudgeWatch:
     def figures(self) -> dict[str, float]:
         return {"judge/changed": float(len(self.changed()))}
 
-    def state(self) -> dict[str, str]:
-        """What the weights were at first, by value, in JSON types."""
-        return dict(self._first)
-
-    def load(self, state: Mapping[str, str]) -> None:
-        """Compare with what another watch saw at first: a resumed run's judge is the same one."""
-        if not all(isinstance(x, str) for pair in state.items() for x in pair):
-            raise InputError("the state of the watch cannot be read", expected="JudgeWatch.state()")
-        self._first = dict(state)
-
     def _sums(self) -> dict[str, str]:
         with adapters_off(self.model) if self.adapters == "off" else nullcontext():
             tensors = list(_tensors(self.model))
