@@ -3,6 +3,7 @@
 #   make demo            attribute the example file with the tiny judge, and compare with the loop
 #   make train-demo      train the tiny policy with itself as judge: a log, a plot, minutes
 #   make test            everything that CI runs
+#   make equal-answers   the benchmarks in their smallest form, as a part of that
 #   make bench           the CPU benchmarks, in full
 #   make gpu             build, tests, compute-sanitizer and benchmarks on an NVIDIA GPU; by PYTHON and its
 #                        own torch, with no network and no virtual environment
@@ -33,13 +34,28 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Bytecode comes of what is imported, at the first time: pip would make it of everything, which takes
+# half a minute.
+INSTALL := $(BIN)/pip install -q --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo train-demo test bench gpu lint compile-only format clean setup
+train-demo: $(STAMP)
+	$(BIN)/g2r-fast train --config examples/tiny_policy/demo.yaml --output build/train-demo
+
+# What takes one core runs beside the rest.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 3 --output-sync=target lint compile-only equal-answers
+	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# The benchmarks in their smallest form: they assert equal answers and report no speed.
+equal-answers: $(STAMP)
+	$(BIN)/python -m pytest bench -q --quick --threads 1
 
 demo: $(STAMP)
 	@mkdir -p build
 	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --overwrite --show --compare
 
+<<<<<<< HEAD
 train-demo: $(STAMP)
 	$(BIN)/g2r-fast train --config examples/tiny_policy/demo.yaml --output build/train-demo
 
@@ -47,6 +63,16 @@ train-demo: $(STAMP)
 test: lint compile-only
 	$(BIN)/python -m pytest bench -q --quick
 	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile
+=======
+# What takes one core runs beside the rest.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 3 --output-sync=target lint compile-only equal-answers
+	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# The benchmarks in their smallest form: they assert equal answers and report no speed.
+equal-answers: $(STAMP)
+	$(BIN)/python -m pytest bench -q --quick --threads 1
+>>>>>>> ci-time
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q
@@ -79,17 +105,17 @@ $(STAMP): pyproject.toml setup.py g2r_fast/building.py $(wildcard csrc/* csrc/cp
 		{ echo "no Python >= 3.10 found; say make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	$(BIN)/pip install -q "setuptools>=77" wheel "pybind11>=2.13"
+	$(INSTALL) "setuptools>=77" wheel "pybind11>=2.13"
 ifneq ($(TORCH),)
-	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) $(TORCH)
 else
 	@# The CPU build has a name of its own. Only where pip knows it from no index is its home asked,
 	@# and only where that cannot be reached is the large build taken.
 	@$(BIN)/python -c "import torch" 2>/dev/null || \
-		$(BIN)/pip install -q "$(CPU_TORCH)+cpu" 2>/dev/null || \
-		$(BIN)/pip install -q --retries 1 --timeout 20 "$(CPU_TORCH)" --index-url $(CPU_INDEX) || \
-		{ echo "no CPU build of torch found: installing the full one"; $(BIN)/pip install -q "$(CPU_TORCH)"; }
+		$(INSTALL) "$(CPU_TORCH)+cpu" 2>/dev/null || \
+		$(INSTALL) --retries 1 --timeout 20 "$(CPU_TORCH)" --index-url $(CPU_INDEX) || \
+		{ echo "no CPU build of torch found: installing the full one"; $(INSTALL) "$(CPU_TORCH)"; }
 endif
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench]"
+	$(INSTALL) --no-build-isolation -e ".[test,bench]"
 	@$(BIN)/g2r-fast doctor
 	@touch $@

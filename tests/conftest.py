@@ -10,6 +10,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -29,3 +30,22 @@ torch.set_num_threads(1)
 # cannot be repeated helps nobody.
 settings.register_profile("g2r_fast", deadline=None, derandomize=True)
 settings.load_profile("g2r_fast")
+
+# What takes longest starts first: at the end, no worker is left alone with it.
+LONGEST = (
+    "test_packaging.py",
+    "test_cuda_emulated.py",
+    "test_engine_device.py",
+    "test_native_sanitizers.py",
+    "test_docs.py",
+    "test_native_ops.py",
+    "test_vigor.py",
+    "test_bench_gpu.py",
+    "test_cuda_planted.py",
+    "test_fuzz.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

@@ -11,8 +11,8 @@ formula, at the very point that the saved tensors describe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -190,20 +190,20 @@ def qkv_backward(a: Arguments, at: Arithmetic) -> Outputs:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def path_keys(segments: Tensor, segment: int) -> Iterator[tuple[int, int]]:
+@cache
+def path_keys(segments: tuple[tuple[int, ...], ...], segment: int) -> list[tuple[int, int]]:
     """(row of k and v, position) of every token from the root to the end of a segment."""
-    start, stop, row, parent = segments[segment].tolist()
-    if parent >= 0:
-        yield from path_keys(segments, parent)
-    yield from ((row + position - start, position) for position in range(start, stop))
+    start, stop, row, parent = segments[segment]
+    before = path_keys(segments, parent) if parent >= 0 else []
+    return before + [(row + position - start, position) for position in range(start, stop)]
 
 
 def visible_rows(a: Arguments, segment: int, position: int) -> list[int]:
     """Rows of the keys that a query at `position` of a segment sees."""
-    window = a["window"]
+    window, segments = a["window"], tuple(map(tuple, a["segments"].tolist()))
     return [
         row
-        for row, at in path_keys(a["segments"], segment)
+        for row, at in path_keys(segments, segment)
         if at <= position and (window == 0 or at > position - window)
     ]
 
