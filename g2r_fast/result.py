@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,40 @@ class AttributionBatch:
             value = getattr(self, name)
             changes[name] = None if value is None else value[rows]
         return replace(self, **changes)
+
+    def mean_attributions(self, own_tokens: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """`sum_k 1[z_k] |w_k| alpha_k / sum_k 1[z_k] |w_k|` of every response: N of [T_i] float32.
+
+        What `"scaled_sequence"` spreads the advantage of a sequence by. Where nothing that weighs
+        was judged True it is uniform over `own_tokens`: N of [T_i] bool, the policy's own; None:
+        all are. Of a RewardModel it is the attribution itself.
+
+        Raises InputError for a batch without attributions or without rubrics.
+        """
+        if self.attributions is None or self.rubrics is None:
+            lacking = "attributions" if self.attributions is None else "rubrics"
+            raise InputError(
+                f"this batch has no {lacking}",
+                fix="attribute_batch(..., keep_attributions=True) returns both.",
+            )
+        if own_tokens is not None:
+            sizes = [len(row) for row in self.token_rewards]
+            _check_sizes("own_tokens", [len(row) for row in own_tokens], sizes)
+        means = []
+        for i, alphas in enumerate(self.attributions):
+            # A reward model has no items, and one attribution.
+            weights = [abs(weight) for _, weight in self.rubrics[i]] or [1.0] * len(alphas)
+            true = [(w, a) for w, a in zip(weights, alphas, strict=True) if a is not None and w > 0]
+            if true:
+                weighted = torch.stack([w * alpha.double() for w, alpha in true])
+                mean = weighted.sum(0) / sum(w for w, _ in true)
+            else:
+                own = (
+                    torch.ones_like(self.token_rewards[i]) if own_tokens is None else own_tokens[i]
+                )
+                mean = own / own.sum().clamp(min=1)
+            means.append(mean.float())
+        return means
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> AttributionBatch:
         changes: dict[str, Any] = {"scores": move(self.scores)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,19 @@ from api_runs import (
     OTHER_PROMPT,
     PROMPT,
     RESPONSES,
+    ROUNDING,
     SHARP,
     assert_equals_reference,
     judge_of,
     reference,
     run,
 )
+from tiny_models import tiny_model
+from tiny_tokenizers import byte_bpe
 
-from g2r_fast import AttributionConfig, Rubric, attribute_batch
+from g2r_fast import AttributionConfig, Judge, RewardModel, Rubric, attribute_batch
+from g2r_fast.reference import relative_error
+from g2r_fast.rewards import OutcomeRewards, TokenRewards, VerdictRewards
 
 
 @pytest.mark.parametrize("engine", ["packed", "autograd"])
@@ -120,3 +126,47 @@ def test_a_final_eos_has_reward_zero_and_counts() -> None:
     pooled = torch.cat(out.token_advantages)
     assert abs(float(pooled.double().mean())) <= 1e-6
     assert float(pooled.double().std(correction=0)) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["verdicts", "outcomes"])
+def test_mean_attributions_are_those_that_the_advantages_are_made_from(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch makes from its attributions what `scaled_sequence` was given."""
+    formed: list[torch.Tensor] = []
+    rewards = VerdictRewards if kind == "verdicts" else OutcomeRewards
+    rows = rewards.rows
+
+    def kept(self: Any, own_tokens: list[torch.Tensor], keep: bool = False) -> list[TokenRewards]:
+        found = rows(self, own_tokens, keep)
+        formed.extend(row.mean_attribution for row in found)
+        return found
+
+    monkeypatch.setattr(rewards, "rows", kept)
+    judge: Judge | RewardModel = judge_of()
+    items, verdict = None, "argmax"
+    if kind == "verdicts":
+        weights = [[2.0, -1.0, 0.0], [0.0, 0.0, 3.0], [0.0, 5.0, 1.0], [-1.0, -2.0, 1.0]]
+        items = [[Rubric(f"item {w} {i}", w) for i, w in enumerate(row)] for row in weights]
+        verdict = [[True, True, True], [True, True, False], [True, False, True], [False] * 3]
+    else:
+        scorer = tiny_model("llama", vocab_size=len(byte_bpe()), head="value")
+        judge = RewardModel(scorer, byte_bpe())
+    ids = [byte_bpe().encode(text) for text in RESPONSES]
+    spans = [[(0, len(row))] for row in ids]
+    spans[0], spans[1] = [(0, 2), (4, len(ids[0]))], [(1, 3)]  # a tool wrote the rest
+    out = attribute_batch(
+        judge, [PROMPT] * 4, ids, items, 1, SHARP, verdict=verdict, spans=spans,
+        keep_attributions=True,
+    )  # fmt: skip
+    own = [torch.zeros(len(row), dtype=torch.bool) for row in ids]
+    for mask, of_row in zip(own, spans, strict=True):
+        for start, stop in of_row:
+            mask[start:stop] = True
+    found = out.mean_attributions(own)
+    assert len(formed) == len(found) == 4
+    for mean, expected, mask in zip(found, formed, own, strict=True):
+        assert mean.dtype == torch.float32 and not mean[~mask].any()
+        assert float(mean.sum()) == pytest.approx(1.0, rel=1e-6)
+        assert relative_error(mean, expected) < ROUNDING
+    assert float(found[0].std()) > 0.01

@@ -360,6 +360,36 @@ def test_hostile_text_is_shown_and_not_obeyed() -> None:
     assert "\x1b[2J" not in coloured and "\x1b[31m" not in coloured.replace("\x1b[1;31m", "")
 
 
+def test_mean_attributions_by_hand() -> None:
+    one, two = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.0, 0.0, 1.0])
+    attributions: list[list[torch.Tensor | None]] = [[one, two, None], [one, None, None], [], [two]]
+    rubrics = [[("a", 3.0), ("b", -1.0), ("c", 5.0)], [("a", 0.0), ("b", 2.0), ("c", 2.0)], [], []]
+    batch = AttributionBatch(
+        scores=torch.zeros(4),
+        verdicts=[[True, True, False], [True, False, False], [], []],
+        verdict_logps=[[-0.1] * 3, [-0.1] * 3, [], []],
+        token_rewards=[torch.zeros(3)] * 4,
+        attributions=attributions,
+        rubrics=rubrics,
+    )
+    third = [1 / 3] * 3
+    expected = torch.tensor([[0.375, 0.1875, 0.4375], third, third, two.tolist()])
+    assert torch.allclose(torch.stack(batch.mean_attributions()), expected)
+    expected[1:3] = torch.tensor([0.5, 0.0, 0.5])  # what weighs nothing says nothing
+    own = [torch.tensor([True, False, True])] * 4
+    assert torch.allclose(torch.stack(batch.mean_attributions(own)), expected)
+    assert not batch.mean_attributions([torch.zeros(3, dtype=torch.bool)] * 4)[1].any()
+    with pytest.raises(InputError, match="own_tokens has a row of the wrong length; expected 3"):
+        batch.mean_attributions([*own[:3], torch.ones(2, dtype=torch.bool)])
+
+
+def test_mean_attributions_need_what_they_are_made_of() -> None:
+    with pytest.raises(InputError, match=r"no attributions\. .*keep_attributions=True"):
+        make_batch(attributions=None).mean_attributions()
+    with pytest.raises(InputError, match="this batch has no rubrics"):
+        make_batch(rubrics=None).mean_attributions()
+
+
 def test_heat_map_on_an_ascii_terminal() -> None:
     text = render(make_batch(), encoding="ascii")
     assert "T     +5" in text and "F     -2" in text and "is \\u2713" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from trl_runs import (
     Dense,
     Steps,
     Written,
+    checkpoints,
     dataset,
     judge,
     model,
@@ -25,7 +28,8 @@ from trl_runs import (
 )
 
 from g2r_fast import Judge, RewardModel, attribute_batch
-from g2r_fast.integrations.trl import Grad2Reward
+from g2r_fast.errors import InputTypeError
+from g2r_fast.integrations.trl import Grad2Reward, grad2reward
 from g2r_fast.reference import relative_error
 
 
@@ -79,13 +83,14 @@ def lora(**options):
     return peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4, **options})
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_with_lora_the_base_judges_and_the_adapters_train(dropout):
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_with_lora_the_base_judges_and_the_adapters_train(dropout, checkpointing):
     """Weights of the base once in memory; whatever the adapters learned, the judge is the same."""
     policy = model()
     signal = Grad2Reward(attribution=DENSE, advantage=ALONE)
     options = {"max_steps": 3, "learning_rate": 0.1, "peft_config": lora(lora_dropout=dropout)}
-    built = trained(Dense, signal, policy, **options)
+    built = trained(Dense, signal, policy, gradient_checkpointing=checkpointing, **options)
+    assert checkpoints(built.model) == checkpointing
     expected = attributed(base_judge()).token_advantages
     assert agree(rows_of(built), expected) and agree(rows_of(built, 2), expected)
     base = dict(built.model.get_base_model().named_parameters())
@@ -96,6 +101,24 @@ def test_with_lora_the_base_judges_and_the_adapters_train(dropout):
     assert max(float(p.detach().abs().max()) for n, p in adapters.items() if "lora_B" in n) > 0.01
     assert not any(getattr(m, "_disable_adapters", False) for m in built.model.modules())
     assert built.model.training
+
+
+def test_with_lora_gradients_are_the_same_with_and_without_checkpointing():
+    seen = []
+    for checkpointing in (False, True):
+        steps = Steps()
+        signal = Grad2Reward(attribution=DENSE)
+        options = {"max_steps": 2, "learning_rate": 0.1, "peft_config": lora()}
+        options |= {"gradient_checkpointing": checkpointing, "callbacks": [steps]}
+        trained(Dense, signal, model(), **options)
+        seen.append(steps.gradients)
+    for step, (without, with_) in enumerate(zip(*seen, strict=True)):
+        assert without.keys() == with_.keys()
+        assert len(without) == 8  # A and B of q_proj and v_proj, in two layers
+        for name, expected in without.items():
+            # B is zero at the first step, and A then has no gradient.
+            assert bool(expected.any()) == ("lora_B" in name or step > 0)
+            assert not expected.any() or relative_error(with_[name], expected) < 2e-5
 
 
 def test_trls_own_forward_comes_back():
@@ -119,3 +142,45 @@ def test_a_reward_model_reads_no_rubric():
     built = trained(Dense, Grad2Reward(scorer, DENSE, ALONE), train_dataset=data)
     out = attribute_batch(scorer, prompt_ids(), IDS, None, GROUP, DENSE, ALONE)
     assert agree(rows_of(built), out.token_advantages)
+
+
+def scores_of(kind, seed, by=None):
+    signal = Grad2Reward(judge() if by is None else by, DENSE, verdict="sample", seed=seed)
+    built = trained(kind, signal, max_steps=3)
+    return [entry["rewards/grad2reward/mean"] for entry in built.state.log_history[:3]]
+
+
+def test_sampled_verdicts_repeat_and_change_from_step_to_step():
+    first = scores_of(Dense, 0)
+    assert len(set(first)) == 3  # of the same rollouts and the same judge
+    assert scores_of(Dense, 0) == first
+    assert scores_of(Dense, 1) != first
+    assert scores_of(Written, 0) == first  # a plain trainer draws the same
+
+
+def test_every_step_process_and_batch_draws_its_own_verdicts(monkeypatch):
+    drawn = []
+
+    def attribute(*args, **options):
+        drawn.append(options["generator"].initial_seed())
+        return attribute_batch(*args, **options)
+
+    def of(seed=0, step=0, rank=0, ids=IDS):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank > 0)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        signal = Grad2Reward(judge(), verdict="sample", seed=seed)
+        columns = {"prompts": MESSAGES, "rubrics": [ITEMS] * len(IDS), "completion_ids": ids}
+        signal(**columns, trainer_state=SimpleNamespace(global_step=step))
+        return drawn[-1]
+
+    monkeypatch.setattr(grad2reward, "attribute_batch", attribute)
+    assert of() == of()
+    others = {of(seed=1), of(step=1), of(rank=1), of(ids=IDS[::-1])}
+    assert len({of(), *others}) == 5
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, True, "0"])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(InputTypeError, match="seed is no integer; expected int; got"):
+        Grad2Reward(judge(), verdict="sample", seed=seed)

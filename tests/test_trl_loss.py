@@ -11,17 +11,18 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from packaging.version import Version
-from test_training_update import Recorder, accelerator
 from trl_runs import (
     GROUP,
     ITEMS,
+    LOSSES,
     PROMPTS,
-    VERSION,
+    SAPO_BREAKS,
     Dense,
+    GRPOConfig,
     GRPOTrainer,
     Steps,
     Written,
+    checkpoints,
     completion,
     judge,
     length_reward,
@@ -36,22 +37,10 @@ from g2r_fast.advantages import ESTIMATORS
 from g2r_fast.errors import InputError
 from g2r_fast.integrations.trl import Grad2Reward
 from g2r_fast.reference import relative_error
-from g2r_fast.rubric import as_rubric
-from g2r_fast.training.config import TrainConfig
-from g2r_fast.training.credit import assign_credit
-from g2r_fast.training.models import Models
-from g2r_fast.training.sampling import Rollouts
-from g2r_fast.training.tasks import Task
-from g2r_fast.training.update import Updater
 
 FLOAT32 = 2e-5
 UNIFORM = AttributionConfig(readout="uniform")
 SCALED = AdvantageConfig("scaled_sequence")
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
-LOSSES += ["luspo"] if Version("0.28") <= VERSION else []
-LOSSES += ["vespo"] if Version("1.0") <= VERSION else []
-SAPO_BREAKS = Version("0.28") > VERSION
-
 # Two passes over two micro-batches of a generated batch: ratios are not one, and a micro-batch
 # holds rows of several groups.
 OFF_POLICY = {
@@ -142,12 +131,24 @@ def rollouts():
     return rows
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
-def test_gradients_are_those_of_the_clipped_objective(estimator):
+def test_trl_checkpoints_gradients_by_default():
+    """The other tests have it off, which saves time; what they are about does not depend on it."""
+    assert GRPOConfig.__dataclass_fields__["gradient_checkpointing"].default is True
+
+
+@pytest.mark.parametrize(
+    ("estimator", "checkpointing"),
+    [*((name, False) for name in ESTIMATORS[:3]), ("returns_pooled", True)],
+)
+def test_gradients_are_those_of_the_clipped_objective(estimator, checkpointing):
+    """Also with gradient checkpointing, which TRL has on by default."""
     attribution, advantage = AttributionConfig(tau="auto"), AdvantageConfig(estimator)
     steps = Steps()
     options = {"num_iterations": 2, "max_steps": 2, "learning_rate": 3e-4, "loss_type": "grpo"}
-    trained(Dense, Grad2Reward(judge(), attribution, advantage), callbacks=[steps], **options)
+    options["gradient_checkpointing"] = checkpointing
+    signal = Grad2Reward(judge(), attribution, advantage)
+    built = trained(Dense, signal, callbacks=[steps], **options)
+    assert checkpoints(built.model) == checkpointing
 
     prompts, responses = zip(*rollouts(), strict=True)
     items = [ITEMS] * len(prompts)
@@ -163,36 +164,6 @@ def test_gradients_are_those_of_the_clipped_objective(estimator):
         expected = {name: p.grad for name, p in policy.named_parameters()}
         assert gradients.keys() == expected.keys()
         assert all(relative_error(gradients[n], expected[n]) < FLOAT32 for n in expected)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradients_are_those_of_the_reference_loop(estimator):
-    """`g2r_fast.training` on the same rollouts: its credit, its micro-batches, its update."""
-    prompts, responses = zip(*rollouts(), strict=True)
-    steps = Steps()
-    signal = Grad2Reward(judge(), AttributionConfig(tau="auto"), AdvantageConfig(estimator))
-    trained(Dense, signal, callbacks=[steps], loss_type="grpo")
-
-    config = TrainConfig(
-        tau="auto", estimator=estimator, group_size=GROUP, temperature=1.0, max_gradient_norm=1e9,
-        micro_batch_tokens=100,
-    )  # fmt: skip
-    tasks = [
-        Task(text, [as_rubric(i) for i in ITEMS], {}) for text in PROMPTS for _ in range(GROUP)
-    ]
-    batch = Rollouts(
-        tasks, list(prompts), list(responses), [""] * len(tasks), [True] * len(tasks), GROUP
-    )
-    policy = model().requires_grad_(True)
-    models = Models(policy, tokenizer(), judge(), None, True)
-    recorder = Recorder(policy.parameters())
-    update = Updater(policy, recorder, config, accelerator())
-    update(batch, assign_credit(batch, models, config, 0), 1, 0)
-    (expected,) = recorder.seen
-    names = [name for name, _ in policy.named_parameters()]
-    assert steps.gradients[0].keys() == set(names)
-    for name, wanted in zip(names, expected, strict=True):
-        assert relative_error(steps.gradients[0][name], wanted) < FLOAT32
 
 
 def test_a_ratio_per_sequence_is_refused():

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST = ["trl==0.26.0", "transformers==4.56.2", "tokenizers==0.22.1", "huggingface_hub==0.36.0"]
 OLDEST += ["datasets==4.0.0"]
 TESTS = ["test_trl.py", "test_trl_judges.py", "test_trl_loss.py", "test_trl_refusals.py"]
-TESTS += ["test_trl_signals.py", "test_trl_processes.py"]
+TESTS += ["test_trl_reference.py", "test_trl_signals.py", "test_trl_processes.py"]
 
 
 @pytest.fixture(scope="module")

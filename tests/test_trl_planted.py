@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 import test_trl
 import test_trl_judges
 import test_trl_loss
+import test_trl_reference
 import test_trl_signals
 
 from g2r_fast.integrations.trl import grad2reward, mixin
@@ -54,6 +55,12 @@ def judges_by_the_policy_in_training(monkeypatch):
 
 def leaves_the_adapters_on(monkeypatch):
     monkeypatch.setattr("g2r_fast.adapters.adapters_off", lambda model: nullcontext())
+
+
+def draws_alike_at_every_step(monkeypatch):
+    monkeypatch.setattr(
+        grad2reward.Grad2Reward, "_generator", lambda *_: torch.Generator().manual_seed(0)
+    )
 
 
 def spreads_without_the_length(monkeypatch):
@@ -117,7 +124,7 @@ def forgets_the_temperature(monkeypatch):
         (
             swaps_rows,
             test_trl_loss.test_gradients_are_those_of_the_clipped_objective,
-            ("returns_pooled",),
+            ("returns_pooled", True),
         ),
         (
             judges_by_the_policy_in_training,
@@ -125,14 +132,24 @@ def forgets_the_temperature(monkeypatch):
             (),
         ),
         (
+            judges_by_the_policy_in_training,
+            test_trl_reference.test_gradients_are_those_of_the_reference_loop,
+            ("self-judging",),
+        ),
+        (
             leaves_the_adapters_on,
             test_trl_judges.test_with_lora_the_base_judges_and_the_adapters_train,
-            (0.0,),
+            (0.0, True),
         ),
         (
             spreads_without_the_length,
             test_trl_loss.test_uniform_attribution_reproduces_plain_grpo,
             ("grpo", test_trl_loss.OFF_POLICY),
+        ),
+        (
+            draws_alike_at_every_step,
+            test_trl_judges.test_sampled_verdicts_repeat_and_change_from_step_to_step,
+            (),
         ),
         (forgets_the_weight, test_trl.test_other_rewards_go_to_the_last_token, ("returns_pooled",)),
         (

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trl_processes import TRAININGS, outcome
+from trl_processes import BY_LOSS, TRAININGS, outcome
 
 from g2r_fast.reference import relative_error
 
@@ -66,10 +66,23 @@ def test_statistics_of_one_process_alone_are_seen(of_one, of_two):
     assert not same_advantages(of_one["planted"], of_two["planted"])
 
 
-@pytest.mark.parametrize("which", ["of_one", "of_two"])
-def test_uniform_attribution_is_plain_grpo_with_any_number_of_processes(which, request):
+@pytest.mark.parametrize(
+    ("which", "plain", "uniform"),
+    [
+        ("of_one", "plain", "uniform"),
+        ("of_two", "plain", "uniform"),
+        *(
+            ("of_two", name, name.replace("plain", "uniform"))
+            for name in BY_LOSS
+            if "plain" in name
+        ),
+    ],
+)
+def test_uniform_attribution_is_plain_grpo_with_any_number_of_processes(
+    which, plain, uniform, request
+):
     outcomes = request.getfixturevalue(which)
-    plain, uniform = outcomes["plain"], outcomes["uniform"]
+    plain, uniform = outcomes[plain], outcomes[uniform]
     assert uniform["losses"] == pytest.approx(plain["losses"], rel=1e-5, abs=1e-6)
     assert any(abs(loss) > 1e-4 for loss in plain["losses"])
     assert relative_error(uniform["weights"], plain["weights"]) < 1e-4

@@ -18,6 +18,8 @@ import torch
 from accelerate.utils import gather_object
 from trl_runs import (
     GROUP,
+    LOSSES,
+    SAPO_BREAKS,
     Dense,
     Written,
     judge,
@@ -69,12 +71,20 @@ TRAININGS: dict[str, tuple[type, Callable[[], Any], dict[str, Any]]] = {
     "vigor": (Dense, lambda: Vigor(), {}),
     "planted": (OfOneProcess, lambda: beside(Grad2Reward(judge("grader"), DENSE)), {}),
 }
+# Plain GRPO and uniform attribution by every loss: some of TRL's own say another thing in two
+# processes than in one, so that the two are compared with each other.
+BY_LOSS: dict[str, tuple[type, Callable[[], Any], dict[str, Any]]] = {
+    f"{name}, {loss}": (*TRAININGS[name][:2], {"loss_type": loss, "max_steps": 2})
+    for loss in LOSSES
+    for name in ("plain", "uniform")
+    if loss != "grpo" and not (loss == "sapo" and SAPO_BREAKS)
+}
 MARKER = "("  # where GRAIL finds an answer in the written completions
 
 
 def outcome(name: str, processes: int) -> dict[str, Any]:
     """Two groups of four, each over all processes and looked at twice."""
-    kind, functions, options = TRAININGS[name]
+    kind, functions, options = {**TRAININGS, **BY_LOSS}[name]
     policy = model().requires_grad_(True)
     options = {
         "per_device_train_batch_size": GROUP // processes,
@@ -101,7 +111,8 @@ def outcome(name: str, processes: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {name: outcome(name, int(os.environ["WORLD_SIZE"])) for name in TRAININGS}
+    processes = int(os.environ["WORLD_SIZE"])
+    found = {name: outcome(name, processes) for name in [*TRAININGS, *BY_LOSS]}
     if os.environ["RANK"] == "0":
         torch.save(found, sys.argv[1])
     torch.distributed.barrier()  # a process that leaves takes the other's connection with it

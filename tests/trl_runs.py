@@ -31,6 +31,10 @@ gc.freeze()
 
 VERSION = Version(trl.__version__)
 TRL_1 = VERSION >= Version("1.3")  # `_generate` returns images too, and no number of tokens
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
+LOSSES += ["luspo"] if Version("0.28") <= VERSION else []
+LOSSES += ["vespo"] if Version("1.0") <= VERSION else []
+SAPO_BREAKS = Version("0.28") > VERSION  # it takes no advantages per token, and is refused
 GROUP = 4
 PROMPTS = ["is a mild cough serious?", "hello world"]
 ITEMS = [
@@ -191,6 +195,11 @@ def trained(kind: type, reward_funcs: Any, policy: Any = None, **options: Any) -
         warnings.filterwarnings("error", message="g2r_fast uses the slower autograd engine")
         built.train()
     return built
+
+
+def checkpoints(policy: Any) -> bool:
+    """Whether any of its layers forgets its activations and computes them again."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in policy.modules())
 
 
 def length_reward(completion_ids: Any, **columns: Any) -> list[float]:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "g2r_fast" / "tiny_judge"  # runs on any CPU; knows little but how to judge
+TINY = ROOT / "g2r_fast" / "tiny_judge"  # runs on any CPU
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default=str(TINY))
+parser.add_argument("--model", default=str(ROOT / "examples" / "tiny_policy" / "model"))
 parser.add_argument("--judge", default=str(TINY))
 parser.add_argument("--data", default=str(ROOT / "examples" / "demo.jsonl"))
 parser.add_argument("--steps", type=int, default=3)

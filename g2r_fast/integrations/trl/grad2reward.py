@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,9 +45,11 @@ class Grad2Reward(Signal):
         rubrics: the column of the dataset that holds a list of rubric items for each prompt, as
             `attribute_batch` takes them. A row without any (None or []) has no score (None). A
             RewardModel reads no column.
-        verdict: `"argmax"` or `"sample"`.
+        verdict: `"argmax"`, or `"sample"`: what is drawn follows from `seed`, the trainer's step,
+            the process and the completions, so that a run repeats.
         judge_options: of the `Judge` that is made where none is given.
         engine, max_tokens: as in `attribute_batch`.
+        seed: of sampled verdicts, an integer.
     """
 
     judge: Judge | RewardModel | None = None
@@ -57,6 +60,7 @@ class Grad2Reward(Signal):
     judge_options: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "auto"
     max_tokens: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.judge is not None and not isinstance(self.judge, (Judge, RewardModel)):
@@ -76,6 +80,8 @@ class Grad2Reward(Signal):
             raise InputError(
                 "unknown verdict", expected="'argmax' | 'sample'", got=repr(self.verdict)
             )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InputTypeError("seed is no integer", expected="int", got=repr(self.seed))
         if self.judge is not None and self.judge_options:
             raise InputError(
                 "judge_options are for a judge that is made here",
@@ -97,7 +103,7 @@ class Grad2Reward(Signal):
         if wanted:
             out = self.attribute(
                 self.judge, _take(prompts, wanted), _take(completion_ids, wanted), items,
-                attribution=AttributionConfig(readout="uniform"),
+                AttributionConfig(readout="uniform"), columns.get("trainer_state"),
             )  # fmt: skip
             for row, score in zip(wanted, out.scores.tolist(), strict=True):
                 scores[row] = score
@@ -110,14 +116,27 @@ class Grad2Reward(Signal):
         completion_ids: Sequence[Sequence[int]],
         items: list[Any] | None,
         attribution: AttributionConfig,
+        state: Any,
         **options: Any,
     ) -> AttributionBatch:
         """Rows with a rubric, judged; advantages are formed later, over all processes."""
         assert judge is not None  # __call__ and attach see to it
         return attribute_batch(
             judge, prompts, completion_ids, items, 1, attribution, verdict=self.verdict,
-            engine=self.engine, max_tokens=self.max_tokens, **options,
+            engine=self.engine, max_tokens=self.max_tokens,
+            generator=self._generator(state, completion_ids) if self.verdict == "sample" else None,
+            **options,
         )  # fmt: skip
+
+    def _generator(self, state: Any, completion_ids: Sequence[Sequence[int]]) -> torch.Generator:
+        """On the CPU, whose draws are the same for every device. Several batches may belong to one
+        step (an evaluation): their completions tell them apart."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        step = getattr(state, "global_step", 0)
+        drawn_from = (self.seed, step, rank, [list(map(int, ids)) for ids in completion_ids])
+        digest = hashlib.sha256(repr(drawn_from).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def _items(
         self, count: int, columns: Mapping[str, Any]
@@ -179,7 +198,7 @@ class _Grad2Reward(AttachedSignal):
             with self._as_judge():
                 out = signal.attribute(
                     self.judge, _take(contexts, wanted), _take(rollouts.completion_ids, wanted),
-                    items, signal.attribution,
+                    items, signal.attribution, self.host.trainer.state,
                     spans=None if spans is None else _take(spans, wanted),
                     keep_attributions=self._scaled and not self._uniform,
                 )  # fmt: skip
@@ -188,8 +207,10 @@ class _Grad2Reward(AttachedSignal):
             for place, row in enumerate(wanted):
                 scores[row] = float(out.scores[place])
                 self._token_rewards[row] = out.token_rewards[place]
-                if out.attributions is not None:
-                    self._shares[row] = _mean_attribution(out, place, self._shares[row])
+            if out.attributions is not None:
+                means = out.mean_attributions(_take(rollouts.own, wanted))
+                for row, mean in zip(wanted, means, strict=True):
+                    self._shares[row] = mean
         self.host.log(self.__name__, {**figures, "seconds": time.perf_counter() - started})
         return scores
 
@@ -325,18 +346,6 @@ def _check_normalisation(advantage: AdvantageConfig, host: Host) -> None:
             got=", ".join(host.reward_names),
             fix='Use "returns_pooled", "normalise_then_cumsum" or "scaled_sequence".',
         )
-
-
-def _mean_attribution(out: AttributionBatch, row: int, uniform: Tensor) -> Tensor:
-    """`sum_k 1[z_k] |w_k| alpha_k / sum_k 1[z_k] |w_k|`; uniform where no item is True."""
-    assert out.attributions is not None and out.rubrics is not None
-    alphas = out.attributions[row]
-    weights = [abs(weight) for _, weight in out.rubrics[row]] or [1.0]  # a RewardModel has no items
-    pairs = [(w, a) for w, a in zip(weights, alphas, strict=True) if a is not None and w > 0.0]
-    if not pairs:
-        return uniform
-    total = sum(weight for weight, _ in pairs)
-    return torch.stack([weight / total * alpha for weight, alpha in pairs]).sum(0)
 
 
 def _without_gaps(item: Any) -> Any:
