@@ -83,7 +83,8 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
     """The judgements of a step, one workload per group, with the verdicts of `batch`.
 
     Responses of a group that were cut share the tail of those that ended: it is a token shorter
-    or longer, and nothing else.
+    or longer, and nothing else. The cached loops' batches want tails of one length: the longer ones
+    lose tokens at their front, which costs our call, on the whole tails, a little more.
     """
     judge, rollouts = step.models.judge, step.rollouts
     assert judge is not None
@@ -92,6 +93,7 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
         rows = range(start, start + rollouts.group_size)
         rubrics = rollouts.tasks[start].rubrics
         tails = [[*judge.turn_end[1:], *judge.encode_rubric(rubric)] for rubric in rubrics]
+        shortest = min(map(len, tails))
         eos = step.models.eos_ids[0]
         responses = [
             ids if ids and ids[-1] == eos else [*ids, eos]
@@ -101,7 +103,7 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
             Workload(
                 torch.tensor(rollouts.prompt_ids[start]),
                 [torch.tensor(ids) for ids in responses],
-                [torch.tensor(ids) for ids in tails],
+                [torch.tensor(ids[-shortest:]) for ids in tails],
                 [verdict for i in rows for verdict in batch.verdicts[i]],
                 judge.true_id,
             )
