@@ -11,6 +11,7 @@ GRAIL, G2RL and VIGOR by our functions and by the public way. Answers are compar
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ from accelerate import Accelerator
 
 from bench.convergence import SETTINGS
 from bench.facts import facts, save
-from bench.gate import gate, gate_tensors
+from bench.gate import GateError, gate_tensors, relative_errors
 from bench.grpo_step import PUBLIC
 from bench.repetitions import Effort, repeat
 from bench.rivals import RIVALS
@@ -45,6 +46,7 @@ __all__ = ["Step", "group_workloads", "measure", "signal_rollouts"]
 ROOT = Path(__file__).resolve().parents[1]
 ATTRIBUTIONS = ("loop", "cached_loop", "tuned_cached_loop")
 PARTS = ("sample", "verdicts", "update")
+TIMES_THE_LOOPS_ERROR = 4
 ANSWER = 8  # tokens of the answer that GRAIL differentiates, before the EOS
 
 
@@ -140,14 +142,7 @@ def measure(
     assert judge is not None
     batch = step_batch(step)
     workloads, groups = group_workloads(step, batch), signal_rollouts(step)
-    errors: dict[str, float] = {}
-    for name in (*ATTRIBUTIONS[1:], "ours"):
-        errors[f"grad2reward {name}"] = max(
-            gate(RIVALS["loop"].run(judge.model, w), RIVALS[name].run(judge.model, w))[
-                "max_relative_error"
-            ]
-            for w in workloads
-        )
+    errors = _attribution_errors(judge.model, workloads)
     for method, public in PUBLIC.items():
         for way, name in (("public", public), ("ours", "ours")):
             rival, loop = RIVALS_OF[method][name], RIVALS_OF[method][LOOPS[method]]
@@ -189,6 +184,28 @@ def measure(
         }
         for method, label in METHODS.items()
     }
+
+
+def _attribution_errors(model: Any, workloads: list[Workload]) -> dict[str, float]:
+    """Largest relative error of every way against the loop in float64, over True judgements.
+
+    A trained judge's gradients cancel, and where it is sure stock float32 loses the digits of
+    1 - p: the loop itself is off by more than its rivals from each other on random weights. So its
+    error sets the limit, group by group; GateError beyond.
+    """
+    exact = copy.deepcopy(model).double()
+    errors = dict.fromkeys((f"grad2reward {way}" for way in (*ATTRIBUTIONS, "ours")), 0.0)
+    for workload in workloads:
+        right = RIVALS["loop"].run(exact, workload)
+        limit = 0.0
+        for way in (*ATTRIBUTIONS, "ours"):  # the loop comes first
+            found = relative_errors(right, RIVALS[way].run(model, workload))
+            error = max(found, default=0.0)
+            limit = limit or TIMES_THE_LOOPS_ERROR * error
+            if not error <= limit:
+                raise GateError(f"{way}: relative error {error:.2e} > {limit:.2e}")
+            errors[f"grad2reward {way}"] = max(errors[f"grad2reward {way}"], error)
+    return errors
 
 
 def step_batch(step: Step) -> AttributionBatch:
