@@ -23,4 +23,4 @@ def test_every_method_answers_as_its_public_way(monkeypatch: pytest.MonkeyPatch)
     found = measure(Step(config_of({**read_yaml(Path(SETTINGS)), **small})), None)
     for method in METHODS:
         errors = found[f"training-cost-{method}"]["max_relative_error"]
-        assert errors and max(errors.values()) < 2e-5
+        assert errors and max(errors.values()) < 2e-4, method

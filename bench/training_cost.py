@@ -11,6 +11,7 @@ GRAIL, G2RL and VIGOR by our functions and by the public way. Answers are compar
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ from accelerate import Accelerator
 
 from bench.convergence import SETTINGS
 from bench.facts import facts, save
-from bench.gate import gate, gate_tensors
+from bench.gate import GateError, gate_tensors, relative_errors
 from bench.grpo_step import PUBLIC
 from bench.repetitions import Effort, repeat
 from bench.rivals import RIVALS
@@ -45,6 +46,7 @@ __all__ = ["Step", "group_workloads", "measure", "signal_rollouts"]
 ROOT = Path(__file__).resolve().parents[1]
 ATTRIBUTIONS = ("loop", "cached_loop", "tuned_cached_loop")
 PARTS = ("sample", "verdicts", "update")
+TIMES_THE_LOOPS_ERROR = 4
 ANSWER = 8  # tokens of the answer that GRAIL differentiates, before the EOS
 
 
@@ -83,7 +85,8 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
     """The judgements of a step, one workload per group, with the verdicts of `batch`.
 
     Responses of a group that were cut share the tail of those that ended: it is a token shorter
-    or longer, and nothing else.
+    or longer, and nothing else. The cached loops' batches want tails of one length: the longer ones
+    lose tokens at their front, which costs our call, on the whole tails, a little more.
     """
     judge, rollouts = step.models.judge, step.rollouts
     assert judge is not None
@@ -92,6 +95,7 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
         rows = range(start, start + rollouts.group_size)
         rubrics = rollouts.tasks[start].rubrics
         tails = [[*judge.turn_end[1:], *judge.encode_rubric(rubric)] for rubric in rubrics]
+        shortest = min(map(len, tails))
         eos = step.models.eos_ids[0]
         responses = [
             ids if ids and ids[-1] == eos else [*ids, eos]
@@ -101,7 +105,7 @@ def group_workloads(step: Step, batch: AttributionBatch) -> list[Workload]:
             Workload(
                 torch.tensor(rollouts.prompt_ids[start]),
                 [torch.tensor(ids) for ids in responses],
-                [torch.tensor(ids) for ids in tails],
+                [torch.tensor(ids[-shortest:]) for ids in tails],
                 [verdict for i in rows for verdict in batch.verdicts[i]],
                 judge.true_id,
             )
@@ -138,14 +142,7 @@ def measure(
     assert judge is not None
     batch = step_batch(step)
     workloads, groups = group_workloads(step, batch), signal_rollouts(step)
-    errors: dict[str, float] = {}
-    for name in (*ATTRIBUTIONS[1:], "ours"):
-        errors[f"grad2reward {name}"] = max(
-            gate(RIVALS["loop"].run(judge.model, w), RIVALS[name].run(judge.model, w))[
-                "max_relative_error"
-            ]
-            for w in workloads
-        )
+    errors = _attribution_errors(judge.model, workloads)
     for method, public in PUBLIC.items():
         for way, name in (("public", public), ("ours", "ours")):
             rival, loop = RIVALS_OF[method][name], RIVALS_OF[method][LOOPS[method]]
@@ -187,6 +184,28 @@ def measure(
         }
         for method, label in METHODS.items()
     }
+
+
+def _attribution_errors(model: Any, workloads: list[Workload]) -> dict[str, float]:
+    """Largest relative error of every way against the loop in float64, over True judgements.
+
+    A trained judge's gradients cancel, and where it is sure stock float32 loses the digits of
+    1 - p: the loop itself is off by more than its rivals from each other on random weights. So its
+    error sets the limit, group by group; GateError beyond.
+    """
+    exact = copy.deepcopy(model).double()
+    errors = dict.fromkeys((f"grad2reward {way}" for way in (*ATTRIBUTIONS, "ours")), 0.0)
+    for workload in workloads:
+        right = RIVALS["loop"].run(exact, workload)
+        limit = 0.0
+        for way in (*ATTRIBUTIONS, "ours"):  # the loop comes first
+            found = relative_errors(right, RIVALS[way].run(model, workload))
+            error = max(found, default=0.0)
+            limit = limit or TIMES_THE_LOOPS_ERROR * error
+            if not error <= limit:
+                raise GateError(f"{way}: relative error {error:.2e} > {limit:.2e}")
+            errors[f"grad2reward {way}"] = max(errors[f"grad2reward {way}"], error)
+    return errors
 
 
 def step_batch(step: Step) -> AttributionBatch:

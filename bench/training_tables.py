@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.cells import NOT_RUN, Cell, value
-from bench.convergence_arms import ARMS
+from bench.convergence_arms import ARMS, BASE, PLAIN, READOUTS, SHARP
 
 __all__ = ["ARM_TABLES", "CONVERGENCE", "COST", "COST_TABLES", "METHODS"]
 
@@ -16,32 +16,71 @@ def _interval(path: str, form: str) -> Cell:
     return value(path, lambda found: f"{found[0]:{form}} [{found[1]:{form}}, {found[2]:{form}}]")
 
 
+def _less(other: str) -> Cell:
+    """The final score's difference to that of another arm, in pairs."""
+
+    def cell(result: dict[str, Any]) -> str:
+        itself = result.get("arm") == other
+        return "–" if itself else _interval(f"final_minus.{other}", "+.3f")(result)
+
+    return cell
+
+
 def _steps(result: dict[str, Any]) -> str:
-    """With how many seeds never got there, where there are any."""
-    shown = _interval("steps_to_target", ".1f")(result)
+    """The median, or how many seeds never got there and the median of the others."""
     never = result.get("never_reached")
-    return f"{shown}, {never} of {result['seeds']} never" if never else shown
+    median = value("median_steps_of_those_which_reached", lambda found: f"{found:.1f}")(result)
+    if not never:
+        return median
+    others = "" if median == NOT_RUN else f", else {median}"
+    return f"not reached ({never} of {result['seeds']}){others}"
+
+
+def _by_mean(result: dict[str, Any]) -> str:
+    return value("steps_of_the_mean_curve", lambda found: f"{found:.1f}")(result).replace(
+        NOT_RUN, "not reached"
+    )
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    shown = _interval("grpo_steps_over_its", ".2f")(result)
+    return "none" if shown == NOT_RUN else shown
 
 
 _SCORE: dict[str, Cell] = {
+    "seeds": value("seeds", str),
     "held-out score": _interval("final_score", ".3f"),
-    "less plain GRPO's": _interval("final_minus_grpo", "+.3f"),
-    "steps to 90 % of GRPO's gain": _steps,
+    "less plain GRPO's": _less(PLAIN),
+}
+_NOISE: dict[str, Cell] = {
+    "noise": value("noise_floor", lambda found: f"±{found:.3f}"),
 }
 _ENTROPY: dict[str, Cell] = {
     "entropy of α": value("means.attribution/entropy", lambda found: f"{found:.3f}"),
 }
-_RATIO: dict[str, Cell] = {
-    "GRPO's steps over its": _interval("grpo_steps_over_its", ".2f"),
-    "length at the end": value("final_length", lambda found: f"{found:.1f}"),
+_COURSE: dict[str, Cell] = {
+    "best score": _interval("peak_score", ".3f"),
+    "steps to 90 % of GRPO's gain": _steps,
+    "of the mean curve": _by_mean,
+    "GRPO's steps over its": _ratio,
+    "judge's reward at the end": value("reward_last", lambda found: f"{found:.3f}"),
+    "length": value("length_last", lambda found: f"{found:.1f}"),
+    "cut": value("truncated_last", lambda found: f"{found * 100:.1f} %"),
 }
-_READOUTS = ("grpo", "base", "uniform", "shuffled", "l2")
-_SHARP = ("sharp-dot", "sharp-shuffled")
 
 # Of each table: its rows' arms, and its columns.
 ARM_TABLES: dict[str, tuple[tuple[str, ...], dict[str, Cell]]] = {
-    "readouts": ((*_READOUTS, *_SHARP), {**_SCORE, **_ENTROPY}),
-    "convergence": (tuple(ARMS), {**_SCORE, **_RATIO, **_ENTROPY}),
+    "readouts": (
+        READOUTS,
+        {
+            **_SCORE,
+            "less the paper's base": _less(BASE),
+            "less the base with τ = auto": _less(SHARP),
+            **_NOISE,
+            **_ENTROPY,
+        },
+    ),
+    "convergence": (tuple(ARMS), {**_SCORE, **_NOISE, **_COURSE, **_ENTROPY}),
 }
 
 
