@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from bench.convergence_stats import (
 from bench.training_tables import ARM_TABLES
 from g2r_fast.errors import InputError
 from g2r_fast.training.config import config_of, read_yaml
+from g2r_fast.training.log import read_log
+from g2r_fast.training.models import load_models
 
 STEPS = [0, 5, 10, 15, 20]
 
@@ -236,14 +240,29 @@ def test_a_run_with_other_settings_is_refused(
         convergence.run_arm(BASE, 0, 1, tmp_path)
 
 
-def test_the_memory_arms_are_one_loop() -> None:
-    separate, own = (
-        config_of({**training_memory.COMMON, **training_memory.ARMS[name], "model": "m"})
-        for name in ("separate reference", "self-judged")
-    )
-    assert separate.kl == own.kl > 0 and own.judge is None and own.reward is None
+def test_the_memory_arms_are_one_loop_with_one_copy_beside_the_policy(tmp_path: Path) -> None:
+    """Both run, at a size of seconds; what holds the frozen weights is what is compared."""
+    sizes = {**training_memory.SIZES, "hidden_size": 48, "intermediate_size": 96}
+    model = tmp_path / "model"
+    training_memory.make_model(model, {**sizes, "num_hidden_layers": 2})
+    configs = {}
+    for arm in training_memory.ARMS:
+        training_memory.run_arm(arm, model, 1, 6, tmp_path / arm)
+        configs[arm] = config_of(json.loads((tmp_path / arm / "config.json").read_text()))
+        (line,) = (line for line in read_log(tmp_path / arm) if "policy/kl" in line)
+        assert line["step"] == 1 and line["response/length"] <= 6
+    separate, own = configs["separate reference"], configs["self-judged"]
+    assert separate.kl == own.kl > 0
     names = {line.split(":")[0] for line in own.differences(separate.to_dict())}
     assert names == {"method", "reward"}
+    of_separate, of_own = (load_models(config, torch.device("cpu")) for config in (separate, own))
+    assert of_separate.frozen is not None and of_separate.judge is None
+    assert of_own.judge is not None and of_own.judge.model is of_own.frozen is not of_own.policy
+
+
+def test_what_is_beyond_the_reference_is_counted_in_copies() -> None:
+    peaks = {"separate reference": [100, 900, 110], "self-judged": [150, 130, 140]}
+    assert training_memory.beyond(peaks, 200) == pytest.approx(0.15)
 
 
 def test_a_difference_between_two_runs_is_seen(tmp_path: Path) -> None:
@@ -257,3 +276,34 @@ def test_a_difference_between_two_runs_is_seen(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([1, 1, 1 + 1e-7])}, two / "final" / "model.safetensors")
     (two / "log.jsonl").write_text(json.dumps({"step": 1, "reward/mean": 0.6}) + "\n")
     assert training_kills.differences(one, two) == ["w", "log.jsonl"]
+
+
+def test_a_kills_phase_is_what_the_killed_process_was_at(tmp_path: Path) -> None:
+    phase = training_kills.phase_of
+    assert phase(tmp_path, False, 0.0) == "start-up"
+    assert phase(tmp_path, True, 0.0) == "training"
+    (tmp_path / "checkpoints").mkdir()
+    unfinished = tmp_path / "checkpoints" / "step-3.unfinished"
+    unfinished.touch()
+    assert phase(tmp_path, True, 0.0) == "writing a checkpoint"
+    later = unfinished.stat().st_mtime + 1
+    assert phase(tmp_path, True, later) == "training", "another process left it there"
+    (tmp_path / "final.unfinished").mkdir()
+    assert phase(tmp_path, True, 0.0) == "writing the final weights"
+    (tmp_path / "final").mkdir()
+    assert phase(tmp_path, True, 0.0) == "behind the end"
+
+
+def test_a_processs_own_first_line_is_waited_for(tmp_path: Path) -> None:
+    """A run that goes on writes what it keeps of the old log first: that is no line of its own."""
+    log = logged(tmp_path / "run", 2) / "log.jsonl"
+    writes = "import os, sys, time\nnew = sys.argv[1] + '.new'\nopen(new, 'w').write('kept')\n"
+    writes += "os.replace(new, sys.argv[1])\ntime.sleep(float(sys.argv[2]))\n"
+    writes += "open(sys.argv[1], 'a').write('own')\ntime.sleep(60)"
+    for pause, seconds, seen in (("0.3", None, True), ("60", 1.0, False)):
+        before = log.stat().st_ino
+        process = subprocess.Popen([sys.executable, "-c", writes, str(log), pause])
+        assert training_kills.wait_for_log(process, log, before, seconds) is seen
+        process.kill()
+        process.wait()
+    assert not training_kills.wait_for_log(process, log, 0, None), "it has ended"
