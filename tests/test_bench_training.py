@@ -50,7 +50,7 @@ def test_every_arm_is_a_run_and_changes_one_factor_of_its_base() -> None:
     for name, arm in ARMS.items():
         if arm.base is not None:
             assert arm.base in BASES
-            assert len(configs[arm.base].differences(configs[name].to_dict())) == 1, name
+            assert len(configs[arm.base].differences(configs[name].to_dict())[0]) == 1, name
     assert len(ARMS.keys() - {PLAIN, *BASES}) <= 12
     wanted = {"uniform", "shuffled", "l1", "l2", "tau-0.1", "tau-2", "logodds"}
     assert wanted | {SHARP, *READOUTS, *ALIKE} <= ARMS.keys()
@@ -235,7 +235,8 @@ def test_a_run_with_other_settings_is_refused(
     monkeypatch.chdir(convergence.ROOT)
     other = config_of({**read_yaml(SETTINGS), **ARMS[BASE].settings, "kl": 0.7, "seed": 0})
     (tmp_path / "base-0" / "final").mkdir(parents=True)
-    (tmp_path / "base-0" / "config.json").write_text(json.dumps(other.to_dict()))
+    content = {"settings": other.to_dict(), "begun with": {}}
+    (tmp_path / "base-0" / "run.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="holds a run with other settings"):
         convergence.run_arm(BASE, 0, 1, tmp_path)
 
@@ -248,12 +249,12 @@ def test_the_memory_arms_are_one_loop_with_one_copy_beside_the_policy(tmp_path: 
     configs = {}
     for arm in training_memory.ARMS:
         training_memory.run_arm(arm, model, 1, 6, tmp_path / arm)
-        configs[arm] = config_of(json.loads((tmp_path / arm / "config.json").read_text()))
+        configs[arm] = config_of(json.loads((tmp_path / arm / "run.json").read_text())["settings"])
         (line,) = (line for line in read_log(tmp_path / arm) if "policy/kl" in line)
         assert line["step"] == 1 and line["response/length"] <= 6
     separate, own = configs["separate reference"], configs["self-judged"]
     assert separate.kl == own.kl > 0
-    names = {line.split(":")[0] for line in own.differences(separate.to_dict())}
+    names = {line.split(":")[0] for line in own.differences(separate.to_dict())[0]}
     assert names == {"method", "reward"}
     of_separate, of_own = (load_models(config, torch.device("cpu")) for config in (separate, own))
     assert of_separate.frozen is not None and of_separate.judge is None

@@ -162,13 +162,13 @@ TROUBLES: list[tuple[Plant, str, int, str, str]] = [
     (coin, "judge at chance", 25, "55%", "g2r-fast canaries"),
     (indifferent, "judge at chance", 25, "21%", "g2r-fast canaries"),
     (hole, "reward rises while canaries pass", 40, "0.7", "held-out score"),
-    (fooled, "reward without held-out score", 50, "+0.", "checkpoint"),
+    (fooled, "reward without held-out score", 50, "+0.", "begin again"),
     (longer, "length drift", 25, "tokens", "negative weight"),
     (shorter, "length drift", 25, "tokens", "scaled_sequence"),
     (truncated, "truncated responses", 12, "%", "Allow more tokens"),
     (spreadless, "no learning signal", 12, "%", "temperature"),
     (collapsed, "entropy collapse", 12, "nats", "learning rate"),
-    (not_a_number, "not finite", 1, "policy/gradient_norm is nan", "checkpoint"),
+    (not_a_number, "not finite", 1, "policy/gradient_norm is nan", "begin anew"),
 ]
 
 

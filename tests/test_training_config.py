@@ -63,6 +63,9 @@ def test_yaml_and_back(tmp_path: Path) -> None:
         ({"shuffle": True, "method": "grpo"}, "shuffle needs attributions"),
         ({"shuffle": True, "readout": "uniform"}, "shuffle needs attributions"),
         ({"evaluate_every": 5}, "needs held_out"),
+        ({"dtype": "bfloat16"}, "cannot be trained"),
+        ({"method": "vigor", "judge": "x"}, "ranks by gradients"),
+        ({"sampler": "vllm", "lora_rank": 4}, "does not take LoRA"),
         ({"scaffold": "poem"}, "unknown scaffold"),
         ({"alarms": {"loud": 1}}, "unknown alarms: loud"),
     ],
@@ -91,10 +94,13 @@ def test_bad_yaml(tmp_path: Path) -> None:
 
 def test_a_continued_run_may_differ_where_nothing_was_computed() -> None:
     then = TrainConfig().to_dict()
-    assert TrainConfig(steps=500, output="elsewhere", progress=False).differences(then) == []
-    assert TrainConfig(seed=1, tau=2.0).differences(then) == [
-        "tau: 1.0 then, 2.0 now", "seed: 0 then, 1 now",
-    ]  # fmt: skip
+    free = TrainConfig(steps=500, output="elsewhere", progress=False)
+    assert free.differences(then) == ([], [])
+    differences = TrainConfig(seed=1, tau=2.0, sample_batch=8).differences(then)
+    assert differences == (
+        ["tau: 1.0 then, 2.0 now", "seed: 0 then, 1 now"],
+        ["sample_batch: 64 then, 8 now"],
+    )
 
 
 def tasks(count: int) -> list[Task]:
@@ -136,6 +142,30 @@ def test_tasks_are_read_or_the_line_is_named(tmp_path: Path) -> None:
         read_tasks(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_tasks(tmp_path / "none.jsonl")
+
+
+def test_a_line_is_what_json_lines_call_one(tmp_path: Path) -> None:
+    """Unicode's other ends of lines stand in strings as they are."""
+    path = tmp_path / "tasks.jsonl"
+    rubric = [{"criterion": "is kind", "points": 1}]
+    records = [{"prompt": f"a\u2028b\x85{i}", "rubrics": rubric, "i": i} for i in range(3)]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    for found in (read_tasks(path), read_tasks(path, need_rubrics=False)):
+        assert [task.record["i"] for task in found] == [0, 1, 2]
+        assert [task.prompt for task in found] == [record["prompt"] for record in records]
+
+
+def test_a_file_of_functions_is_imported_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("HALF = 0.5\n")
+    (tmp_path / "rules.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from beside import HALF\n\n@dataclass\nclass Rule:\n    x: float = HALF\n\n"
+        "def score(record, response):\n    return Rule().x\n"
+    )
+    assert load_function(f"{tmp_path}/rules.py:score")({}, "") == 0.5
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(InputError, match="cannot be imported: ModuleNotFoundError"):
+        load_function(f"{tmp_path}/broken.py:score")
 
 
 def test_functions_come_from_files(tmp_path: Path) -> None:

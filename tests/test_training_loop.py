@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_runs import ROOT, TINY, small, weights, without_seconds
 
 from g2r_fast.errors import InputError
-from g2r_fast.training import loop, train
+from g2r_fast.training import loop, run_folder, train
 from g2r_fast.training.log import read_log
+from g2r_fast.training.processes import share_of_prompts
 
 METHODS = {
     "grpo": {},
@@ -116,7 +118,7 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(
             def never(*arguments):
                 raise Killed
 
-            patch.setattr(loop, "replace_folder", never)
+            patch.setattr(run_folder, "replace_folder", never)
         with pytest.raises(Killed):
             train(config)
     assert not (tmp_path / "killed" / "final").exists()
@@ -132,16 +134,23 @@ def test_forgetting_the_optimiser_would_be_seen(
 ) -> None:
     """The planted bug of the test above: a checkpoint without AdamW's moments."""
     config = small(tmp_path / "killed", **STOPPED)
-    load = loop.load_checkpoint
+    load = run_folder.load_checkpoint
 
     def forgetful(path, device):
         state = load(path, device)
         state["optimizer"]["state"] = {}
         return state
 
-    monkeypatch.setattr(loop, "load_checkpoint", forgetful)
+    monkeypatch.setattr(run_folder, "load_checkpoint", forgetful)
+    write = loop.RunLog.write
+
+    def stop(self, figures):
+        if figures["step"] == 3:
+            raise Killed
+        write(self, figures)
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_finish", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        patch.setattr(loop.RunLog, "write", stop)
         with pytest.raises(Killed):
             train(config)
     a, b = weights(left_alone), weights(train(config))
@@ -178,10 +187,69 @@ def test_what_a_folder_with_a_run_refuses(tmp_path: Path) -> None:
         train(other)
 
 
+def test_what_lies_behind_the_settings_counts_too(tmp_path: Path) -> None:
+    """The content of the data, where its name is the same; and a run that is over stays as long."""
+    data = tmp_path / "data.jsonl"
+    lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:6]), encoding="utf-8")
+    config = small(tmp_path / "run", steps=1, evaluate_every=0, data=str(data))
+    train(config)
+    with pytest.raises(InputError, match=r"is over, after 1 steps; expected steps=1"):
+        train(dataclasses.replace(config, steps=2))
+    data.write_text("".join(lines[:5]), encoding="utf-8")
+    with pytest.raises(InputError, match="data: not what it was then"):
+        train(config)
+
+
+def test_batches_may_be_cut_smaller_after_running_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", steps=2, evaluate_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_plot", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(config)
+    train(dataclasses.replace(config, micro_batch_tokens=100, steps=3))
+    notes = [line for line in read_log(tmp_path / "run") if line.get("note") == "settings"]
+    assert [note["text"] for note in notes] == ["micro_batch_tokens: 4096 then, 100 now"]
+
+
+def test_a_judge_that_answers_nan_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = loop.load_models
+
+    def broken(*arguments):
+        models = load(*arguments)
+        with torch.no_grad():
+            models.judge.model.model.norm.weight.fill_(math.nan)
+        return models
+
+    monkeypatch.setattr(loop, "load_models", broken)
+    with pytest.raises(InputError, match="finite"):
+        train(small(tmp_path / "run", steps=1, evaluate_every=0, canaries_every=0))
+    (note,) = [line["text"] for line in read_log(tmp_path / "run") if "note" in line]
+    assert note.startswith("step 1 cannot be rewarded") and "finite" in note
+
+
+def test_a_prompt_too_long_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"past the model's positions.*prompt 0"):
+        train(small(tmp_path / "run", max_new_tokens=4090))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_truncated_responses_can_be_left_out_of_the_loss(tmp_path: Path) -> None:
+    """All are cut: nothing is learnt."""
+    options = {"max_new_tokens": 3, "mask_truncated": True, "steps": 2, "evaluate_every": 0}
+    final = train(small(tmp_path / "run", **options))
+    before, after = weights(TINY / "model"), weights(final)
+    assert all(torch.equal(before[name].float(), after[name]) for name in after)
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     config = small(tmp_path / "run", steps=1, evaluate_every=0)
     (tmp_path / "run").mkdir()
-    lock = loop._lock(tmp_path / "run")
+    lock = run_folder._lock(tmp_path / "run")
     with pytest.raises(InputError, match="another process is training"):
         train(config)
     lock.close()
@@ -193,7 +261,7 @@ def test_a_judge_that_is_not_the_one_of_the_checkpoint(
 ) -> None:
     config = small(tmp_path / "run", steps=3, evaluate_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_finish", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        patch.setattr(loop, "_plot", lambda *arguments: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             train(config)
     load = loop.load_models
@@ -205,7 +273,7 @@ def test_a_judge_that_is_not_the_one_of_the_checkpoint(
         return models
 
     monkeypatch.setattr(loop, "load_models", another)
-    with pytest.raises(InputError, match="not the one that this run began with"):
+    with pytest.raises(InputError, match="judge: not what it was then"):
         train(config)
 
 
@@ -244,9 +312,9 @@ def test_settings_that_cannot_run(options: dict[str, str], message: str, tmp_pat
 
 def test_prompts_that_processes_cannot_share(tmp_path: Path) -> None:
     config = small(tmp_path / "run", prompts_per_step=3)
-    assert loop._share(config, 3) == 1
+    assert share_of_prompts(config, SimpleNamespace(num_processes=3)) == 1
     with pytest.raises(InputError, match="not a multiple of the number of processes"):
-        loop._share(config, 2)
+        share_of_prompts(config, SimpleNamespace(num_processes=2))
 
 
 def test_lora_trains_adapters_alone(tmp_path: Path) -> None:

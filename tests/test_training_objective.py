@@ -57,10 +57,12 @@ def test_is_the_equation(
     parts = [[[token[k] for token in row] for row in rows] for k in range(4)]
     width = max(1, *map(len, rows))
     mask = torch.tensor([[t < len(row) for t in range(width)] for row in rows])
-    # What is padding may hold anything finite.
+    # What is padding may hold anything.
+    fills = (-1e4, 1e4, math.nan, math.inf)
     logps, old, advantages, reference = (
-        padded(p, width, fill=0.7 * k) for k, p in enumerate(parts)
+        padded(part, width, fill) for part, fill in zip(parts, fills, strict=True)
     )
+    logps.requires_grad_(True)
     loss = "token_mean" if by_token else "sequence_mean"
     options = {"clip_low": low, "clip_high": high, "loss": loss, "kl": kl}
     got = policy_loss(logps, old, advantages, mask, reference_logps=reference, **options)

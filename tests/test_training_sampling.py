@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,23 @@ def test_a_seed_decides_and_the_policy_is_left_as_it_was(tiny: Judge) -> None:
     assert one.completion_ids == two.completion_ids != other.completion_ids
     assert one.completion_ids[0] != one.completion_ids[1], "a group's responses differ"
     assert not tiny.model.training
+
+
+def test_the_models_own_generation_settings_have_no_say(tiny: Judge) -> None:
+    """The distribution that is sampled is the one whose log-probabilities are trained."""
+    plain = TransformersSampler(config(), tiny.tokenizer, eos(tiny))(tiny.model, TASKS, 3, seed=1)
+    own = tiny.model.generation_config
+    hostile = copy.deepcopy(own)
+    hostile.update(repetition_penalty=5.0, min_p=0.5, top_k=1, no_repeat_ngram_size=1)
+    tiny.model.generation_config = hostile
+    try:
+        same = TransformersSampler(config(), tiny.tokenizer, eos(tiny))(
+            tiny.model, TASKS, 3, seed=1
+        )
+        assert tiny.model.generation_config is hostile, "left as it was"
+    finally:
+        tiny.model.generation_config = own
+    assert same.completion_ids == plain.completion_ids
 
 
 class FakeEngine:

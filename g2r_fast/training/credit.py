@@ -202,24 +202,12 @@ def shuffled(
     One order for all items of a response: scores and the size of every reward stay as they are,
     only which token has it does not. The batch needs its attributions.
     """
-    if batch.attributions is None or batch.rubrics is None:
-        raise InputError("shuffling needs attributions", fix="Pass keep_attributions=True.")
     generator = torch.Generator().manual_seed(seed_of(seed, "shuffle"))
     rewards, means = [], []
-    for i, row in enumerate(batch.token_rewards):
+    for row, mean in zip(batch.token_rewards, batch.mean_attributions(), strict=True):
         order = torch.randperm(len(row), generator=generator).to(row.device)
         rewards.append(row[order])
-        weights = [abs(weight) for _, weight in batch.rubrics[i]]
-        true = [
-            (weight, alpha)
-            for weight, alpha in zip(weights, batch.attributions[i], strict=True)
-            if alpha is not None
-        ]
-        total = sum(weight for weight, _ in true)
-        mean = torch.full_like(row, 1 / max(len(row), 1))
-        if total:
-            mean = torch.stack([weight * alpha for weight, alpha in true]).sum(0) / total
-        means.append(mean.float()[order])
+        means.append(mean[order])
     found = token_advantages(rewards, group_size, config, batch.scores, mean_attributions=means)
     assert found is not None
     return found
