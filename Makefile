@@ -39,6 +39,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALL := $(BIN)/pip install -q --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
+.PHONY: demo train-demo test equal-answers bench gpu lint compile-only format clean setup
+
+demo: $(STAMP)
+	@mkdir -p build
+	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --overwrite --show --compare
+
 train-demo: $(STAMP)
 	$(BIN)/g2r-fast train --config examples/tiny_policy/demo.yaml --output build/train-demo
 

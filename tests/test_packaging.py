@@ -364,6 +364,8 @@ def test_the_metadata_caps_no_version(wheel):
         "audit",
         "bench",
         "gpu",
+        "train",
+        "trl",
     }
 
 
