@@ -38,6 +38,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # half a minute.
 INSTALL := $(BIN)/pip install -q --no-compile
 export PYTHONDONTWRITEBYTECODE =
+# What pyproject.toml asks for, line by line.
+REQUIREMENTS = $(BIN)/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; \
+	project = read("pyproject.toml", expand=False)["project"]; extra = project["optional-dependencies"]; \
+	print(*project["dependencies"], *extra["test"], *extra["bench"], sep="\n")'
 
 .PHONY: demo train-demo test equal-answers bench gpu lint compile-only format clean setup
 
@@ -122,6 +126,9 @@ else
 		$(INSTALL) --retries 1 --timeout 20 "$(CPU_TORCH)" --index-url $(CPU_INDEX) || \
 		{ echo "no CPU build of torch found: installing the full one"; $(INSTALL) "$(CPU_TORCH)"; }
 endif
+	@# pip uses one core: the parts are compiled meanwhile, and the install behind finds them there.
+	$(BIN)/python setup.py -q build_ext --inplace & $(REQUIREMENTS) | $(INSTALL) -r /dev/stdin; \
+		status=$$?; wait; exit $$status
 	$(INSTALL) --no-build-isolation -e ".[test,bench]"
 	@$(BIN)/g2r-fast doctor
 	@touch $@
