@@ -61,29 +61,6 @@ test: $(STAMP)
 equal-answers: $(STAMP)
 	$(BIN)/python -m pytest bench -q --quick --threads 1
 
-demo: $(STAMP)
-	@mkdir -p build
-	$(BIN)/g2r-fast attribute examples/demo.jsonl --judge tiny --out build/demo.jsonl --overwrite --show --compare
-
-<<<<<<< HEAD
-train-demo: $(STAMP)
-	$(BIN)/g2r-fast train --config examples/tiny_policy/demo.yaml --output build/train-demo
-
-# The benchmarks run in their smallest form: they assert equal answers and report no speed.
-test: lint compile-only
-	$(BIN)/python -m pytest bench -q --quick
-	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile
-=======
-# What takes one core runs beside the rest.
-test: $(STAMP)
-	@$(MAKE) --no-print-directory -j 3 --output-sync=target lint compile-only equal-answers
-	$(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-
-# The benchmarks in their smallest form: they assert equal answers and report no speed.
-equal-answers: $(STAMP)
-	$(BIN)/python -m pytest bench -q --quick --threads 1
->>>>>>> ci-time
-
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q
 
