@@ -131,12 +131,12 @@ def summary(curves: Curves) -> dict[str, dict[str, Any]]:
                 if other in curves and other != arm
             },
             "noise_floor": _half_width(floor, len(of_arm)),
-            "steps_to_target": [None if s is None else round(s, 1) for s in reached[arm]],
+            "steps_to_target": [_tenths(steps) for steps in reached[arm]],
             "never_reached": len(of_arm) - len(there),
             "median_steps_of_those_which_reached": (
-                round(statistics.median(there), 1) if there else None
+                _tenths(statistics.median(there)) if there else None
             ),
-            "steps_of_the_mean_curve": None if by_mean[arm] is None else round(by_mean[arm], 1),
+            "steps_of_the_mean_curve": _tenths(by_mean[arm]),
             "grpo_steps_over_its": None if by_ratio is None else _rounded(by_ratio, 2),
             **{
                 name: round(statistics.fmean(curve[name] for curve in of_arm), 4)
@@ -214,6 +214,10 @@ def _half_width(floor: dict[str, Any] | None, seeds: int) -> float | None:
 
 def _differences(ours: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(ours, others, strict=False)]
+
+
+def _tenths(steps: float | None) -> float | None:
+    return None if steps is None else round(steps, 1)
 
 
 def _rounded(values: tuple[float, float, float], digits: int = 3) -> list[float]:

@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         phases = Counter(kill["phase"] for kill in tries.kills)
         differ = sum(bool(run["different"]) for run in tries.runs)
         bad += differ
-        told = ", ".join(f"{count} in {phase}" for phase, count in phases.items())
+        told = ", ".join(f"{phase}: {count}" for phase, count in phases.items())
         print(f"{len(tries.kills)} kills ({told}) in {len(tries.runs)} runs, {differ} differ")
         found[f"training-kills, {name}"] = {
             "options": [*part.launcher, *OPTIONS, *part.options],

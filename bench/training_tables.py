@@ -47,6 +47,12 @@ def _ratio(result: dict[str, Any]) -> str:
     return "none" if shown == NOT_RUN else shown
 
 
+def _entropy(result: dict[str, Any]) -> str:
+    if result.get("arm") == PLAIN:
+        return "–"
+    return value("means.attribution/entropy", lambda found: f"{found:.3f}")(result)
+
+
 _SCORE: dict[str, Cell] = {
     "seeds": value("seeds", str),
     "held-out score": _interval("final_score", ".3f"),
@@ -56,7 +62,7 @@ _NOISE: dict[str, Cell] = {
     "noise": value("noise_floor", lambda found: f"±{found:.3f}"),
 }
 _ENTROPY: dict[str, Cell] = {
-    "entropy of α": value("means.attribution/entropy", lambda found: f"{found:.3f}"),
+    "entropy of α": _entropy,
 }
 _COURSE: dict[str, Cell] = {
     "best score": _interval("peak_score", ".3f"),

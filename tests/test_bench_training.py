@@ -154,7 +154,10 @@ def test_summary_by_hand() -> None:
     assert columns["steps to 90 % of GRPO's gain"](never) == "not reached (3 of 3)"
     assert columns["GRPO's steps over its"](never) == "none"
     assert columns["of the mean curve"](never) == "not reached"
-    assert columns["less plain GRPO's"](found[PLAIN]) == "–"
+    assert (
+        columns["less plain GRPO's"](found[PLAIN]) == columns["entropy of α"](found[PLAIN]) == "–"
+    )
+    assert columns["entropy of α"](fast) == "0.500"
 
 
 def test_a_gain_that_is_none_is_no_target() -> None:
