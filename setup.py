@@ -8,6 +8,7 @@ build does not see torch's headers and leaves the CPU kernels to their first use
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class BuildNative(build_ext):
     """Builds what can be built, and leaves a note where something cannot."""
 
     def run(self) -> None:
-        self.failed = {}
+        self.failed, self.in_sources = {}, bool(self.inplace)
         super().run()
         if self.inplace:
             package = Path(self.get_finalized_command("build_py").get_package_dir("g2r_fast"))
@@ -63,8 +64,14 @@ class BuildNative(build_ext):
             for part, path in outputs.items()
             if self.force or building.problem_of(part, path, PACKAGE) is not None
         }
-        for path in todo.values():
+        for part, path in list(todo.items()):
             path.unlink(missing_ok=True)  # one that is left over would be installed
+            there = PACKAGE / part.file_name
+            reusable = self.in_sources and not self.force
+            if reusable and building.problem_of(part, there, PACKAGE) is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(there, path)  # setuptools builds elsewhere and copies it back
+                del todo[part]
         self.failed = building.build(todo, PACKAGE)
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -215,6 +215,11 @@ def test_from_an_editable_install(new_environment, checkout, tmp_path):
         assert found["ops_path"] == str(checkout / "g2r_fast" / "_cpu_ops.so")
         assert found["ops"].startswith("cpu kernels: "), found["ops"]
 
+        # Of the same sources it is made once: again, and no compiler is needed.
+        environment.install("-e", checkout, cwd=tmp_path, CXX="/bin/false", CUDACXX="/bin/false")
+        again = find(environment.python, tmp_path)
+        assert again["built"] and again["ops_path"] == found["ops_path"]
+
         # Sources that change under an editable install: what they were built into is left alone.
         with open(checkout / "csrc" / "core.cpp", "a", encoding="utf-8") as file:
             file.write("// changed\n")
