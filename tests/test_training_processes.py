@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,13 @@ def test_the_gradient_is_that_of_one_process(of_two: Path, loss: str) -> None:
 
 
 def test_a_run_in_two_processes(tmp_path: Path) -> None:
-    """One log, by one process; the same weights in both, or DDP would have stopped."""
-    config = small(tmp_path / "run", prompts_per_step=4, kl=0.05, steps=2)
-    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))
+    """One log, by one process; and it goes on from its checkpoint where it was stopped."""
+    for steps in (1, 2):
+        config = small(tmp_path / "run", prompts_per_step=4, kl=0.05, steps=steps)
+        (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+        run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))
+        if steps == 1:
+            shutil.rmtree(tmp_path / "run" / "final")
     lines = [line for line in read_log(tmp_path / "run") if "note" not in line]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[-1]["policy/kl"] >= 0 and lines[-1]["judge/changed"] == 0
