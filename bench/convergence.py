@@ -37,7 +37,8 @@ MEANS = (
     "verdict/true_share",
     "response/length",
     "seconds/sample",
-    "seconds/signal",
+    "seconds/judge",
+    "seconds/gradient",
     "seconds/update",
     "seconds/step",
 )
