@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.rivals import Answer
 
-__all__ = ["GateError", "gate", "gate_tensors"]
+__all__ = ["GateError", "gate", "gate_tensors", "tensor_error"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -86,6 +86,11 @@ def gate_tensors(
         limits = [LOW_PRECISION_FACTOR * error for error in loops]
     _hold(errors, limits, "answer")
     return {"max_relative_error": max(errors, default=0.0)}
+
+
+def tensor_error(reference: Tensors, got: Tensors) -> float:
+    """The largest relative error of answers that are one tensor per completion, or per group."""
+    return max(_errors(reference, got, "answer"), default=0.0)
 
 
 def _hold(errors: list[float], limits: list[float], what: str) -> None:
