@@ -38,6 +38,7 @@ LONGEST = (
     "test_engine_device.py",
     "test_native_sanitizers.py",
     "test_docs.py",
+    "test_training_loop.py",
     "test_native_ops.py",
     "test_vigor.py",
     "test_bench_gpu.py",
