@@ -8,11 +8,9 @@ reports them. Fails on a kernel that does not compile (or with a warning), spill
 frame or takes more shared memory than a block may have (the compilers themselves compile such a
 kernel without a word), and on a kernel file that lists no cases.
 
-Triton kernels are compiled for sm_80 in every case that is shipped, and so for sm_90, but for cases
-in float16 that differ from one in bfloat16 by nothing else: they take the same shared memory and
-about as many registers. For what is newer one case of each kernel and configuration is compiled:
-bfloat16 where it takes that, no window and no cap where it can do without. All of them would take
-more than twice as long; --all compiles them.
+Triton kernels are compiled for sm_80 and sm_90 in every case that is shipped. For what is newer one
+case of each kernel and configuration is: bfloat16 where it takes that, no window and no cap where
+it can do without. All of them would take twice as long; --all compiles them.
 """
 
 from __future__ import annotations
@@ -143,27 +141,6 @@ def plainest(cases: list[Any]) -> set[int]:
     return set(found.values())
 
 
-def without_twins(cases: list[Any]) -> set[int]:
-    """All but the cases in float16 that are in bfloat16 too, unless they are for one GPU alone."""
-
-    def key(case: Any, signature: dict[str, str]) -> str:
-        rest = (dict(case.constants), dict(case.options), case.aligned, case.arch)
-        return repr((case.kernel.fn.__qualname__, signature, *rest))
-
-    narrow = {
-        key(case, {k: v.replace("bf16", "fp16") for k, v in case.signature.items()})
-        for case in cases
-        if "*bf16" in case.signature.values()
-    }
-    return {
-        index
-        for index, case in enumerate(cases)
-        if "*fp16" not in case.signature.values()
-        or case.arch is not None
-        or key(case, dict(case.signature)) not in narrow
-    }
-
-
 _cases: list[Any] = []  # of the folder; a process that compiles has a copy
 
 
@@ -187,18 +164,13 @@ class TritonKernels:
         triton.knobs.cache.dir = cache
         _cases[:] = load_cases(folder)
         self.archs = [arch for arch in SHARED_LIMIT if arch in REQUIRED or knows(arch)]
-        every = set(range(len(_cases)))
-        chosen = dict.fromkeys(self.archs, every)
-        if not everything:
-            newer = plainest(_cases)
-            chosen |= {arch: newer for arch in self.archs if arch not in REQUIRED}
-            chosen[90] = without_twins(_cases)
+        chosen = set(range(len(_cases))) if everything else plainest(_cases)
         self.pool = ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
         self.reports = [
             {
                 arch: self.pool.submit(_compiled, index, arch)
                 for arch in self.archs
-                if case.arch in (None, arch) and index in chosen[arch]
+                if case.arch in (None, arch) and (arch in REQUIRED or index in chosen)
             }
             for index, case in enumerate(_cases)
         ]
@@ -211,7 +183,7 @@ class TritonKernels:
         for case, reports in zip(_cases, self.reports, strict=True):
             cells, complaints = [], []
             for arch in self.archs:
-                if arch not in reports:  # another GPU's own, or see plainest and without_twins
+                if arch not in reports:  # another GPU's own, or see plainest
                     cells.append("-")
                     continue
                 report = reports[arch].result()

@@ -3,12 +3,10 @@ see the lies planted at the end of this file."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from documents import (
@@ -26,8 +24,6 @@ from documents import (
     table_faults,
     variable_faults,
 )
-
-from g2r_fast.cli import main
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS += ["docs/records.md", "docs/canaries.md", "docs/audit.md"]
@@ -71,15 +67,6 @@ def command_line(arguments, cwd):
     )
 
 
-def command_line_here(arguments, cwd):
-    """The same without a process of its own, which takes seconds to import torch."""
-    out, err = io.StringIO(), io.StringIO()
-    assert os.path.samefile(os.curdir, cwd)
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main(arguments)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
 def option_faults(document, cwd):
     """Every option of a ``g2r-fast`` command is in the help of its subcommand."""
     faults = []
@@ -109,11 +96,10 @@ def test_python_blocks_run(name, workplace):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_exist_and_the_safe_ones_run(name, workplace):
     document = read(name)
-    run = command_line if name == "README.md" else command_line_here
     assert option_faults(document, workplace) == []
     for line, arguments in g2r_fast_commands(document):
         if is_safe_to_run(arguments):
-            done = run(arguments, workplace)
+            done = command_line(arguments, workplace)
             where = document.fault(line, " ".join(arguments))
             assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
 

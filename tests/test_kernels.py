@@ -7,14 +7,12 @@ within the forward-error bound of float32 summation. Both must catch every bug p
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import compile_only
 import pytest
 import torch
 
@@ -268,24 +266,6 @@ def test_every_kernel_file_lists_what_it_ships():
     names = [case.name for case in module.compile_cases()]
     assert len(names) == len(set(names)) == len(READOUTS) * len(DTYPES) * 2
     assert CONFIG.reason
-
-
-def test_on_newer_gpus_every_kernel_and_storage_dtype_is_still_compiled():
-    """sm_90 leaves out float16 beside bfloat16, and what is newer all but the plainest."""
-    cases = compile_only.load_cases(ROOT / "kernels")
-    kept = compile_only.without_twins(cases)
-    left_out = [cases[i] for i in range(len(cases)) if i not in kept]
-    names = {case.name for case in cases}
-    assert left_out and all(case.arch is None for case in left_out)
-    assert all(case.name.replace("fp16", "bf16") in names - {case.name} for case in left_out)
-    for chosen in (kept, compile_only.plainest(cases)):
-        compiled = {cases[i].kernel.fn.__qualname__ for i in chosen}
-        assert compiled == {case.kernel.fn.__qualname__ for case in cases}
-    alone = dataclasses.replace(cases[0], signature={"x_ptr": "*fp16"})
-    twin = dataclasses.replace(cases[0], signature={"x_ptr": "*bf16"})
-    other = dataclasses.replace(twin, options={"num_warps": 1})
-    assert compile_only.without_twins([alone, twin]) == {1}
-    assert compile_only.without_twins([alone, other]) == {0, 1}
 
 
 FAULTY_KERNELS = """
