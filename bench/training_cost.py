@@ -204,10 +204,9 @@ def _attribution_errors(model: Any, workloads: list[Workload]) -> dict[str, floa
 
 
 def _signal_errors(policy: Any, groups: list[SignalRollouts]) -> dict[str, float]:
-    """The same for GRAIL, G2RL and VIGOR, what float32 may be off by being
-    the measure, or more where the loop itself is. What is
-    right is our engine in float64, which the tests hold to the reference: the norms of a stock
-    model stay float32 in any dtype."""
+    """The same for GRAIL, G2RL and VIGOR: the limit is what float32 may be off by, or 4 times the
+    float32 loop's own error where that is more. What is right is our engine in float64, which the
+    tests hold to the reference: the norms of a stock model stay float32 in any dtype."""
     exact = copy.deepcopy(policy).double()
     errors: dict[str, float] = {}
     for method, public in PUBLIC.items():

@@ -52,7 +52,7 @@ def share_of_prompts(config: TrainConfig, accelerator: Any) -> int:
 
 
 def over_processes(figures: dict[str, float], accelerator: Any) -> dict[str, float]:
-    """Of each figure the mean over the processes that have it; largest and sum by their names."""
+    """Of each figure the mean over the processes that have it; of the largest ratio the largest."""
     if accelerator.num_processes == 1:
         return figures
     from accelerate.utils import gather_object
