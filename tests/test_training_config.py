@@ -14,7 +14,7 @@ import pytest
 
 from g2r_fast import Rubric
 from g2r_fast.errors import InputError, InputTypeError
-from g2r_fast.training.config import TrainConfig, add_options, config_of, read_yaml
+from g2r_fast.training.config import READ_BY, TrainConfig, add_options, config_of, read_yaml
 from g2r_fast.training.tasks import Task, load_function, prompt_ids, read_tasks, tasks_of_step
 
 
@@ -73,6 +73,25 @@ def test_yaml_and_back(tmp_path: Path) -> None:
 def test_what_no_run_can_have(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         config_of(values)
+
+
+def test_what_a_run_does_not_read_is_said() -> None:
+    assert TrainConfig().without_effect() == []
+    everything = {name for names in READ_BY.values() for name in names}
+    for method, own in READ_BY.items():
+        given = {"tau": "auto", "objective": "logodds", "readout": "l2"}
+        given |= {"estimator": "rewards_pooled", "answer_marker": "=", "polarity": "both"}
+        given |= {"novelty": 0.5, "variant": "prose", "parameters": "all"}
+        assert set(given) == everything
+        (text,) = config_of({**given, "method": method}).without_effect()
+        names, reason = text.split(": ")
+        assert set(names.split(", ")) == everything - set(own) and method in reason
+    config = TrainConfig(method="vigor", verdict="sample", lora_alpha=8.0, checker="a.py:f")
+    assert config.without_effect() == [
+        "verdict: without effect with no judge",
+        "lora_alpha: without effect with lora_rank 0",
+        "checker: without effect with evaluate_every 0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,10 @@ def test_batches_may_be_cut_smaller_after_running_out_of_memory(
             train(config)
     train(dataclasses.replace(config, micro_batch_tokens=100, steps=3))
     notes = [line for line in read_log(tmp_path / "run") if line.get("note") == "settings"]
-    assert [note["text"] for note in notes] == ["micro_batch_tokens: 4096 then, 100 now"]
+    assert [note["text"] for note in notes] == [
+        "held_out, checker: without effect with evaluate_every 0",  # said once
+        "micro_batch_tokens: 4096 then, 100 now",
+    ]
 
 
 def test_a_judge_that_answers_nan_is_in_the_log(

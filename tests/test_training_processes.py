@@ -16,6 +16,7 @@ from two_processes import run_in_two_processes
 
 from g2r_fast.training.config import TrainConfig
 from g2r_fast.training.log import read_log
+from g2r_fast.training.tasks import read_tasks, tasks_of_step
 from g2r_fast.training.update import Updater
 
 SCRIPT = Path(__file__).parent / "training_on_two.py"
@@ -45,10 +46,17 @@ def test_the_gradient_is_that_of_one_process(of_two: Path, loss: str) -> None:
 
 def test_a_run_in_two_processes(tmp_path: Path) -> None:
     """One log, by one process; and it goes on from its checkpoint where it was stopped."""
+    tasks = read_tasks(TINY / "train.jsonl")
     for steps in (1, 2):
         config = small(tmp_path / "run", prompts_per_step=4, kl=0.05, steps=steps)
         (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
         run_in_two_processes(SCRIPT, "train", str(tmp_path), str(tmp_path / "run.json"))
+        ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
+        chosen = [str(task.prompt) for task in tasks_of_step(tasks, 4, steps, config.seed)]
+        for (prompts, _), own in zip(ranks, (chosen[:2], chosen[2:]), strict=True):
+            assert prompts == [[prompt for prompt in own for _ in range(config.group_size)]]
+        for name, value in ranks[0][1].items():
+            assert torch.equal(value, ranks[1][1][name]), name
         if steps == 1:
             shutil.rmtree(tmp_path / "run" / "final")
     lines = [line for line in read_log(tmp_path / "run") if "note" not in line]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from test_training_update import Recorder, credit, rollouts
 from tiny_models import tiny_model
 from torch import Tensor
 
+from g2r_fast.training import loop
 from g2r_fast.training.config import TrainConfig, config_of
-from g2r_fast.training.loop import train
 from g2r_fast.training.update import Updater
 
 
@@ -58,7 +59,18 @@ def gradients(accelerator: Accelerator, loss: str) -> list[list[Tensor]]:
 
 
 def run(folder: Path, config: str) -> None:
-    train(config_of(json.loads(Path(config).read_text())))
+    """Each process leaves which prompts it had by step, one for each response,, and the weights it ends with."""
+    seen, models_of, rank = [], [], os.environ["RANK"]
+    assign_credit = loop.assign_credit
+
+    def recorded(rollouts, models, *arguments):
+        seen.append([str(task.prompt) for task in rollouts.tasks])
+        models_of.append(models)
+        return assign_credit(rollouts, models, *arguments)
+
+    loop.assign_credit = recorded
+    loop.train(config_of(json.loads(Path(config).read_text())))
+    torch.save((seen, models_of[-1].policy.state_dict()), folder / f"rank-{rank}.pt")
 
 
 if __name__ == "__main__":

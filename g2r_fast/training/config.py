@@ -22,6 +22,15 @@ METHODS = ("grpo", "grad2reward", "grail", "g2rl", "vigor")
 DTYPES = ("float32", "bfloat16")
 NAMES = ("trackers", "allow_tokens")  # settings that are lists of names
 LOSSES = ("sequence_mean", "token_mean")
+# Settings that one method reads and the others do not.
+READ_BY = {
+    "grad2reward": ("tau", "objective", "readout", "estimator"),
+    "grail": ("answer_marker", "polarity"),
+    "g2rl": ("novelty", "variant"),
+    "vigor": ("parameters",),
+}
+# Settings of a judge that is asked for verdicts.
+READ_BY_JUDGE = ("verdict", "scaffold", "true_word", "false_word", "allow_tokens", "canaries_every")
 # May differ between a run and its continuation: they change nothing that was computed so far.
 FREE_TO_CHANGE = {"steps", "output", "checkpoint_every", "keep_checkpoints", "trackers", "progress"}
 # Change how sums are cut and so their last bits, and nothing else: after running out of memory.
@@ -201,6 +210,24 @@ class TrainConfig:
         """Plain values, as YAML and JSON hold them."""
         lists = {name: list(getattr(self, name)) for name in NAMES}
         return dataclasses.asdict(self) | lists
+
+    def without_effect(self) -> list[str]:
+        """What is set otherwise than by default and not read in this run, a text for each reason."""
+        others = [name for of, names in READ_BY.items() if of != self.method for name in names]
+        unread: list[tuple[str, Sequence[str]]] = [(f"method {self.method!r}", others)]
+        if self.method == "vigor" or self.reward is not None:
+            unread.append(("no judge", READ_BY_JUDGE))
+        if not self.lora_rank:
+            unread.append(("lora_rank 0", ("lora_alpha",)))
+        if not self.evaluate_every:
+            unread.append(("evaluate_every 0", ("held_out", "checker", "evaluation_samples")))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        found = []
+        for reason, names in unread:
+            given = [name for name in names if getattr(self, name) != defaults[name]]
+            if given:
+                found.append(f"{', '.join(given)}: without effect with {reason}")
+        return found
 
     def differences(self, other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Where a run with these settings would not continue one that had `other`; and where it

@@ -111,6 +111,10 @@ def _run(config: TrainConfig, accelerator: Any, folder: RunFolder) -> None:
                 log.note("settings", change)
             console = None if config.progress else Console(stderr=True, force_terminal=False)
             progress = stack.enter_context(Progress(config.steps, first, console=console))
+            for text in config.without_effect():
+                if first == 1:
+                    log.note("settings", text)
+                progress.say(text)
 
         def tell(figures: dict[str, float]) -> None:
             if log is not None and progress is not None:
