@@ -1,6 +1,7 @@
 // Arguments of the row operations: norms, projections, feed-forward.
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "torch_ops.h"
@@ -306,10 +307,12 @@ void linear_backward(const Tensor& grad, const Tensor& weight, const Tensor& out
 
 void prefer_large_pages(const Tensor& memory) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = uintptr_t{1} << 21;
+    // From the page of the first byte on: an allocation's own header may lie in front of it, and the
+    // large page that holds both is wanted too.
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data_ptr());
     const auto bytes = static_cast<uintptr_t>(memory.numel()) * memory.element_size();
-    const uintptr_t first = (start + page - 1) / page * page, stop = (start + bytes) / page * page;
+    const uintptr_t first = start / page * page, stop = (start + bytes) / page * page;
     if (first < stop) madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 #else
     (void)memory;

@@ -165,7 +165,7 @@ class PackedBackward:
         if reader is not None:
             reader.after_qkv(layer, tape.query_norm_in, "q")
             reader.enter_every_row()
-        dx = grad.new_zeros(self.backward.rows, grad.shape[1])
+        dx = context.empty_wide(self.backward.rows, grad.shape[1]).zero_()
         # A read in front of its sequence's backward_start sends nothing to any row.
         entries = [self._backward_row(read) for read in self.reads]
         inside = context.index([i for i, row in enumerate(entries) if row is not None])
@@ -188,7 +188,7 @@ class PackedBackward:
         for piece in self.rows.pieces:
             if leaf is None:
                 saved = context.saved_rows[piece.saved]
-                values = self.weights.embed[context.input_ids[saved]]
+                values = context.rows_of(self.weights.embed, context.input_ids[saved])
             else:
                 values = leaf[piece.saved]
             grads = dx[piece.rows].view(-1, piece.lanes, dx.shape[1])

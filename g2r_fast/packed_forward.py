@@ -41,16 +41,17 @@ class PackedForward:
         self._out = None if fresh else context.empty(*shape)
         self._q = None if context.all_saved else context.empty(*shape)
         self._lse = None if context.all_saved else context.empty_wide(*shape[:2])
+        context.end_slab()
 
     def run(self) -> Tape:
         context, layers = self.context, self.weights.layers
-        x = self.weights.embed[context.input_ids].to(context.wide)  # [rows, H]
+        x = context.rows_of(self.weights.embed, context.input_ids).to(context.wide)  # [rows, H]
         queries = forward_queries(context.plan)
         tapes = []
         leaf = None
         for i, layer in enumerate(layers):
             if 0 < i == self.leaf:
-                leaf = x[context.saved_rows]
+                leaf = context.rows_of(x, context.saved_rows)
             if i + 1 < len(layers):
                 tapes.append(self._layer(layer.whole(), x, queries))
         x, tape = self._last_layer(layers[-1].whole(), x)
@@ -79,8 +80,8 @@ class PackedForward:
         ops.attention_forward(context.backend, queries, q, k, v, out, lse, window=layer.window)
         norm_mid, mlp = self._mlp(layer, x, out, self.rows, saved)
         if not context.all_saved:
-            q, lse = q[context.saved_rows], lse[context.saved_rows]
-            out = out[context.saved_rows] if self.keep_out else out
+            q, lse = context.rows_of(q, context.saved_rows), lse[context.saved_rows]
+            out = context.rows_of(out, context.saved_rows) if self.keep_out else out
         return LayerTape(
             k=k,
             v=v,

@@ -114,10 +114,12 @@ def test_any_segments(data, standardise, tau):
     options = (lengths, weights, starts, 42, tau, standardise)
     expected = eager(scores.cpu(), *options)
     alpha, rewards = (part.cpu() for part in softmax_rewards(scores, *options))
-    torch.testing.assert_close(alpha, expected[0], rtol=1e-13, atol=0.0)
-    # A sum may cancel: relative to what was added.
+    # exp(x) is off by |x| roundings of x, and x is up to 700 where tau is small.
+    roundings = 16 + 8 * expected[0].clamp_min(1e-300).log().abs()
+    assert ((alpha - expected[0]).abs() <= roundings * WIDE * expected[0] + 1e-300).all()
+    # A sum may cancel: relative to what was added, each part as far off as above.
     size = eager(scores.cpu(), lengths, [abs(w) for w in weights], *options[2:])[1]
-    assert ((rewards - expected[1]).abs() <= 64 * WIDE * size).all()
+    assert ((rewards - expected[1]).abs() <= 8192 * WIDE * size).all()
 
 
 def standardise_ignored(scores, lengths, weights, starts, count, tau, standardise):

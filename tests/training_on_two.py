@@ -59,7 +59,7 @@ def gradients(accelerator: Accelerator, loss: str) -> list[list[Tensor]]:
 
 
 def run(folder: Path, config: str) -> None:
-    """Each process leaves which prompts it had by step, one for each response,, and the weights it ends with."""
+    """Each process leaves the prompts of its responses by step, and the weights it ends with."""
     seen, models_of, rank = [], [], os.environ["RANK"]
     assign_credit = loop.assign_credit
 

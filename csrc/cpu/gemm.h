@@ -7,14 +7,13 @@ namespace g2r::G2R_NS {
 
 // Depth of one step of a product: a slice and six rows stay in the nearest caches.
 constexpr i64 kDepth = 512;
-// Rows that one task takes through a slice: many, for what packing it costs; their sums stay in
-// the second-level cache.
+// Rows that one task takes through a slice: many, for what packing it costs. They are more than the
+// second-level cache holds, and come from behind it one tile ahead of their use.
 constexpr i64 kTaskRows = 1008;
 // Where there are too few tasks for the threads, a task takes fewer rows, but not fewer than these.
 constexpr i64 kFewestTaskRows = 126;
 
-// Rows that one thread takes through all the products of a stage, and the fewest that are worth it.
-constexpr i64 kOwnRows = 504;
+// The fewest rows that one thread takes through all the products of a stage by itself.
 constexpr i64 kFewestOwnRows = 252;
 
 // Rows to be multiplied: number k of a row is data[k / kDepth * slice + row * ld + k % kDepth].

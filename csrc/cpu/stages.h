@@ -15,7 +15,7 @@ template <class Body>
 void each_chunk(i64 rows, const Body& body) {
     const i64 threads = pool().threads();
     if (threads > 1 && rows >= threads * kFewestOwnRows) {
-        const i64 wanted = round_up(ceil_div(rows, kOwnRows), threads);
+        const i64 wanted = round_up(ceil_div(rows, kTaskRows), threads);
         const i64 chunk = round_up(ceil_div(rows, wanted), kRows);
         parallel(ceil_div(rows, chunk), [&](i64 index) {
             const Alone alone;

@@ -55,41 +55,53 @@ struct Panel {
     i64 line;  // from one k to the next
 };
 
+// One step of k.
 template <int M, int N>
-G2R_INLINE void accumulate(vf (&c)[M][N], const float* a, i64 row, i64 step, const float* b,
-                           i64 line, i64 k) {
-    for (i64 i = 0; i < k; i++, a += step, b += line) {
-        vf columns[N];
+G2R_INLINE void step_of(vf (&c)[M][N], const float* a, i64 row, const float* b) {
+    vf columns[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) columns[n] = load(b + n * kWidth);
+    for (int n = 0; n < N; n++) columns[n] = load(b + n * kWidth);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const vf value = splat(a[m * row]);
+    for (int m = 0; m < M; m++) {
+        const vf value = splat(a[m * row]);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) c[m][n] = multiply_add(value, columns[n], c[m][n]);
-        }
+        for (int n = 0; n < N; n++) c[m][n] = multiply_add(value, columns[n], c[m][n]);
     }
 }
 
 #if G2R_BF16
 template <int M, int N>
-G2R_INLINE void accumulate(vf (&c)[M][N], const bf16* a, i64 row, i64 step, const bf16* b, i64 line,
-                           i64 k) {
-    for (i64 i = 0; i < k; i++, a += step, b += line) {
-        __m512bh columns[N];
+G2R_INLINE void step_of(vf (&c)[M][N], const bf16* a, i64 row, const bf16* b) {
+    __m512bh columns[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) columns[n] = (__m512bh)_mm512_loadu_si512(b + n * 2 * kWidth);
+    for (int n = 0; n < N; n++) columns[n] = (__m512bh)_mm512_loadu_si512(b + n * 2 * kWidth);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            int32_t pair;
-            std::memcpy(&pair, a + m * row, sizeof(pair));
-            const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+    for (int m = 0; m < M; m++) {
+        int32_t pair;
+        std::memcpy(&pair, a + m * row, sizeof(pair));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], value, columns[n]);
-        }
+        for (int n = 0; n < N; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], value, columns[n]);
     }
 }
 #endif
+
+// Where `a` lies row by row, the rows of the next tile come to the second-level cache meanwhile: the
+// rows of a task are more than it holds. What lies behind the last row is asked for in vain.
+template <class T, int M, int N>
+G2R_INLINE void accumulate(vf (&c)[M][N], const T* a, i64 row, i64 step, const T* b, i64 line,
+                           i64 k) {
+    constexpr i64 of_line = 16;  // steps in a cache line of `a`
+    if (step == Pair<T>::size) {
+        for (; k >= of_line; k -= of_line) {
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) __builtin_prefetch(a + (M + m) * row, 0, 2);
+#pragma GCC unroll 1
+            for (int i = 0; i < of_line; i++, a += step, b += line) step_of(c, a, row, b);
+        }
+    }
+    for (; k > 0; k--, a += step, b += line) step_of(c, a, row, b);
+}
 
 // What becomes of a tile: finish(row, values) for its rows.
 struct Store {
@@ -99,6 +111,12 @@ struct Store {
     G2R_INLINE void operator()(i64 row, const vf (&values)[N]) const {
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) store(out + row * ld + n * kWidth, values[n]);
+    }
+    // Its memory comes to the caches meanwhile.
+    template <int N>
+    G2R_INLINE void expect(i64 row) const {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) __builtin_prefetch(out + row * ld + n * kWidth, 1, 2);
     }
     template <int N>
     G2R_INLINE void start(i64, vf (&values)[N]) const {
@@ -121,7 +139,9 @@ G2R_INLINE void tile(Operand<T> a, i64 row, Panel<T> b, i64 k, const Finish& fin
     vf sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) finish.start(row + m, sums[m]);
-    accumulate<M, N>(sums, a.data + row * a.row, a.row, a.step, b.data, b.line, k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) finish.template expect<N>(row + M + m);
+    accumulate<T, M, N>(sums, a.data + row * a.row, a.row, a.step, b.data, b.line, k);
     __asm__("" : "+r"(row));  // or the compiler keeps all addresses from above, in memory
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) finish(row + m, sums[m]);

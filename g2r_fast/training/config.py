@@ -212,7 +212,7 @@ class TrainConfig:
         return dataclasses.asdict(self) | lists
 
     def without_effect(self) -> list[str]:
-        """What is set otherwise than by default and not read in this run, a text for each reason."""
+        """What is not at its default and not read in this run, a text for each reason."""
         others = [name for of, names in READ_BY.items() if of != self.method for name in names]
         unread: list[tuple[str, Sequence[str]]] = [(f"method {self.method!r}", others)]
         if self.method == "vigor" or self.reward is not None:
