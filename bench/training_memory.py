@@ -30,12 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny_policy"
 ALLOWED = 0.1  # of one copy of the weights
 LENGTHS = (48, 192)  # tokens of a response
-# Large enough that a copy of the weights is far more than what allocators leave lying about.
+# Large enough that a copy of the weights is far more than what does not grow with them: what threads
+# keep for the next call, and what allocators leave lying about.
 SIZES = {
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 12,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
 COMMON: dict[str, Any] = {
@@ -110,7 +111,7 @@ def beyond(peaks: dict[str, list[int]], copy: int) -> float:
     return round(more / copy, 4)
 
 
-def measure(repetitions: int, steps: int = 3) -> dict[str, dict[str, Any]]:
+def measure(repetitions: int, steps: int = 2) -> dict[str, dict[str, Any]]:
     """By response length; the arms take turns."""
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -110,6 +110,8 @@ class PackedEngine:
             backends_refused=dict(backend.refused),
         )
         logger.info("packed engine: backend %s", backend)
+        if signal.leaf is None and not signal.reads_linears:  # nothing comes back, nothing is kept
+            sequences = [replace(s, backward_start=len(s.input_ids)) for s in sequences]
         shape = self.decoder.shape_for(signal.reads_linears)
         weights = (1, 1)
         if max_tokens is None:

@@ -103,8 +103,6 @@ def softmax_attribution(scores: Tensor, config: AttributionConfig) -> Tensor:
 class EmbeddingScores(ReadsNoLinears):
     """Reads one score per token at the input embeddings, for some spans of some sequences."""
 
-    leaf = 0
-
     def __init__(
         self,
         spans: Sequence[tuple[int, int]],
@@ -115,6 +113,7 @@ class EmbeddingScores(ReadsNoLinears):
         self.spans = spans
         self.labels = labels  # what errors call a sequence
         self.readout = readout
+        self.leaf = None if readout == "uniform" else 0
         self.device = device
         self.scale: dict[int, float] = {}
         self._scores: dict[int, Tensor] = {}

@@ -41,7 +41,6 @@ class PackedForward:
         self._out = None if fresh else context.empty(*shape)
         self._q = None if context.all_saved else context.empty(*shape)
         self._lse = None if context.all_saved else context.empty_wide(*shape[:2])
-        context.end_slab()
 
     def run(self) -> Tape:
         context, layers = self.context, self.weights.layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -28,9 +27,8 @@ __all__ = [
 # Rows per product: tall enough for the matrix library's full rate, small enough that what lies
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
 _CHUNK = {"cpu": 512, "cuda": 16384}
-# Memory on a CPU is asked for in slabs of large pages: fresh pages of the usual size would cost a
-# few percent of a pass. Tensors from `_IN_SLAB` bytes on lie in them, one behind the other.
-_SLAB, _IN_SLAB, _LINE = 64 * 2**20, 2**18, 64
+# Bytes from which fresh memory is asked for in large pages; what lies side by side shares them.
+_LARGE = 2**18
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [rows, head_dim / 2]
 
@@ -110,15 +108,13 @@ class Tape:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes kept, each storage once, and of slabs what tensors take."""
-        kept: dict[int, int] = {}
-        for t in tensors_in((self.layers, self.norm, self.leaf)):
-            storage = t.untyped_storage()
-            if storage.data_ptr() in self.context.slabs:
-                kept[t.data_ptr()] = t.nbytes
-            elif t.numel():  # an empty one has no storage of its own
-                kept[storage.data_ptr()] = storage.nbytes()
-        return sum(kept.values())
+        """Bytes kept, each storage once."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors_in((self.layers, self.norm, self.leaf))
+            if t.numel()  # an empty one has no storage of its own
+        }
+        return sum(storages.values())
 
 
 def tensors_in(part: object) -> Iterator[torch.Tensor]:
@@ -151,8 +147,6 @@ class PassContext:
         self.input_ids = plan.input_ids.to(self.device)
         self.all_saved = plan.saved_rows == plan.rows
         self.scales_lanes = weights.dtype == torch.float16
-        self.slabs: set[int] = set()  # their addresses
-        self._slab = torch.empty(0, dtype=torch.uint8)  # what is left of the newest
 
     def index(self, rows: torch.Tensor | tuple[int, ...] | list[int]) -> torch.Tensor:
         return torch.as_tensor(rows, dtype=torch.int64, device=self.device)
@@ -192,26 +186,20 @@ class PassContext:
     def empty_norm(self, *shape: int) -> NormTape:
         return NormTape(self.empty(*shape), self.empty_wide(*shape[:-1]))
 
-    def end_slab(self) -> None:
-        """What comes now lives longer, or less long, than what came before."""
-        self._slab = self._slab[:0]
-
     def rows_of(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`values[rows]`."""
         out = self._empty((len(rows), *values.shape[1:]), values.dtype)
         return torch.index_select(values, 0, rows, out=out)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        if self.device.type != "cpu" or self.backend.name != "native" or size < _IN_SLAB:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        taken = -(-size // _LINE) * _LINE
-        if taken > len(self._slab):
-            self._slab = torch.empty(max(taken, _SLAB), dtype=torch.uint8)
-            torch.ops.g2r_fast.prefer_large_pages(self._slab)
-            self.slabs.add(self._slab.untyped_storage().data_ptr())
-        memory, self._slab = self._slab[:size], self._slab[taken:]
-        return memory.view(dtype).view(shape)
+        memory = torch.empty(shape, dtype=dtype, device=self.device)
+        if (
+            memory.device.type == "cpu"
+            and self.backend.name == "native"
+            and memory.nbytes >= _LARGE
+        ):
+            torch.ops.g2r_fast.prefer_large_pages(memory)
+        return memory
 
     def _rotary_of(self, rows: torch.Tensor) -> Rotary:
         cos, sin = self.rotary

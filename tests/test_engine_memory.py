@@ -14,7 +14,7 @@ from torch import Tensor
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.engine import PackedEngine
 from g2r_fast.errors import InputError
-from g2r_fast.grad2reward import TargetSignal
+from g2r_fast.grad2reward import AttributionConfig, TargetSignal, VerdictSignal
 from g2r_fast.plan import PackedPlan, PackedSequence
 from g2r_fast.signal import LeafRows
 
@@ -46,6 +46,33 @@ def test_nothing_uninitialised_is_read() -> None:
         torch.use_deterministic_algorithms(False)
     for a, e in zip(poisoned, expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_a_readout_without_gradients_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model("qwen3"), group()
+    sequences = [
+        PackedSequence(ids, start)
+        for ids, (start, _) in zip(batch.input_ids, batch.spans, strict=True)
+    ]
+    run = FrozenDecoder.run
+    plans: list[PackedPlan] = []
+
+    def watched(self: FrozenDecoder, plan: PackedPlan, signal: Any) -> int:
+        plans.append(plan)
+        return run(self, plan, signal)
+
+    monkeypatch.setattr(FrozenDecoder, "run", watched)
+    found = []
+    for readout in ("dot", "uniform"):
+        config, given = AttributionConfig(readout=readout), [True] * len(sequences)
+        signal = VerdictSignal(batch.spans, 5, 6, config, given, None, model.device)
+        done = PackedEngine(model).run(sequences, signal)
+        assert bool(done.rows_backward) == (readout == "dot")
+        found.append(signal.margins)
+    kept, nothing = plans
+    assert kept.saved_rows > 0 and nothing.saved_rows == 0 and kept.rows == nothing.rows
+    for sequence, value in found[0].items():
+        assert found[1][sequence] == pytest.approx(value, rel=1e-5)
 
 
 def mixed() -> Batch:

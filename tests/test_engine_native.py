@@ -21,7 +21,7 @@ from native_calls import threads
 from patterns import PATTERNS, Batch, group
 from tiny_models import FAMILIES, VARIANTS, tiny_model, tiny_variant
 
-from g2r_fast import native_ops, tape
+from g2r_fast import native_ops
 from g2r_fast.decoder import FrozenDecoder
 from g2r_fast.plan import PackedPlan, PackedSequence
 
@@ -138,20 +138,9 @@ def test_any_reads_and_any_leaf(
         assert float32_wrong(ours, loop, exact, size) is None, ("values", "grads")[which]
 
 
-@pytest.fixture(params=[True, False], ids=["slabs", "apart"])
-def slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With, every tensor of a pass lies in a slab, of a few tensors each."""
-    if request.param:
-        monkeypatch.setattr(tape, "_IN_SLAB", 1)
-        monkeypatch.setattr(tape, "_SLAB", 2**14)
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_bytes_are_the_bytes_that_were_announced(
-    family: str, dtype: torch.dtype, slabs: bool
-) -> None:
+def test_saved_bytes_are_the_bytes_that_were_announced(family: str, dtype: torch.dtype) -> None:
     decoder = FrozenDecoder(tiny_model(family, dtype=dtype, **SIZES))
     for pattern in PATTERNS.values():
         batch = pattern()
@@ -159,27 +148,10 @@ def test_saved_bytes_are_the_bytes_that_were_announced(
             PackedSequence(ids, start)
             for ids, (start, _) in zip(batch.input_ids, batch.spans, strict=True)
         )
-        found = decoder.forward(plan)
-        assert found.saved_bytes == plan.saved_bytes(decoder.shape)
-        assert bool(found.context.slabs) == slabs
+        assert decoder.forward(plan).saved_bytes == plan.saved_bytes(decoder.shape)
 
 
-def test_tensors_of_a_slab_do_not_overlap(slabs: bool) -> None:
-    model, batch = tiny_model("qwen3", **SIZES), group()
-    plan = PackedPlan.build(PackedSequence(ids, 3) for ids in batch.input_ids)
-    decoder = FrozenDecoder(model)
-    found = decoder.forward(plan)
-    context = found.context
-    copied = context.rows_of(found.layers[0].k, context.saved_rows)
-    made = [*tape.tensors_in((found.layers, found.norm)), context.empty(5, 16), copied]
-    places = {(t.data_ptr(), t.nbytes) for t in made if t.numel()}
-    ends = 0
-    for start, size in sorted(places):
-        assert start >= ends and (start % 64 == 0 or not slabs)
-        ends = start + size
-
-
-def test_nothing_uninitialised_is_read(slabs: bool) -> None:
+def test_nothing_uninitialised_is_read() -> None:
     """torch.empty comes filled with NaN here; one value that leaked would show."""
     model, batch = tiny_model("qwen3", **SIZES), group()
     expected = scores(model, batch)

@@ -231,7 +231,8 @@ def test_a_judge_that_answers_nan_is_in_the_log(
     monkeypatch.setattr(loop, "load_models", broken)
     with pytest.raises(InputError, match="finite"):
         train(small(tmp_path / "run", steps=1, evaluate_every=0, canaries_every=0))
-    (note,) = [line["text"] for line in read_log(tmp_path / "run") if "note" in line]
+    lines = read_log(tmp_path / "run")
+    (note,) = [line["text"] for line in lines if line.get("note") == "alarm"]
     assert note.startswith("step 1 cannot be rewarded") and "finite" in note
 
 

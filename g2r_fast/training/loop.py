@@ -179,7 +179,8 @@ def _canaries(config: TrainConfig, models: Models, tasks: list[Task]) -> CanaryW
         [task.prompt for task in tasks],
         [task.rubrics for task in tasks],
         sample=CANARY_PROMPTS,
-        max_tokens=config.max_tokens,
+        # No more rows side by side than in the update: a check is not what memory runs out by.
+        max_tokens=config.max_tokens or config.micro_batch_tokens,
     )
 
 
