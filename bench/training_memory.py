@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny_policy"
 ALLOWED = 0.1  # of one copy of the weights
 LENGTHS = (48, 192)  # tokens of a response
-# Large enough that a copy of the weights is far more than what does not grow with them: what threads
-# keep for the next call, and what allocators leave lying about.
+# Large enough that a copy of the weights is far more than what does not grow with them: what
+# threads keep for the next call, and what allocators leave lying about.
 SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
