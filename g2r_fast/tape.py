@@ -28,7 +28,7 @@ __all__ = [
 # between two products stays in the shared cache; chosen by bench/tile_sizes.py.
 _CHUNK = {"cpu": 512, "cuda": 16384}
 # Bytes from which fresh memory is asked for in large pages; what lies side by side shares them.
-_LARGE = 2**18
+_LARGE = 2**20
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [rows, head_dim / 2]
 
