@@ -307,8 +307,8 @@ void linear_backward(const Tensor& grad, const Tensor& weight, const Tensor& out
 
 void prefer_large_pages(const Tensor& memory) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // From the page of the first byte on: an allocation's own header may lie in front of it, and the
-    // large page that holds both is wanted too.
+    // From the page of the first byte on: an allocation's own header may lie in front of it, and
+    // the large page that holds both is wanted too.
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data_ptr());
     const auto bytes = static_cast<uintptr_t>(memory.numel()) * memory.element_size();

@@ -86,8 +86,8 @@ G2R_INLINE void step_of(vf (&c)[M][N], const bf16* a, i64 row, const bf16* b) {
 }
 #endif
 
-// Where `a` lies row by row, the rows of the next tile come to the second-level cache meanwhile: the
-// rows of a task are more than it holds. What lies behind the last row is asked for in vain.
+// Where `a` lies row by row, the rows of the next tile come to the second-level cache meanwhile:
+// the rows of a task are more than it holds. What lies behind the last row is asked for in vain.
 template <class T, int M, int N>
 G2R_INLINE void accumulate(vf (&c)[M][N], const T* a, i64 row, i64 step, const T* b, i64 line,
                            i64 k) {
