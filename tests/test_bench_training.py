@@ -246,7 +246,7 @@ def test_a_run_with_other_settings_is_refused(
 
 def test_the_memory_arms_are_one_loop_with_one_copy_beside_the_policy(tmp_path: Path) -> None:
     """Both run, at a size of seconds; what holds the frozen weights is what is compared."""
-    sizes = {**training_memory.SIZES, "hidden_size": 48, "intermediate_size": 96}
+    sizes = {**training_memory.SIZES, "hidden_size": 64, "intermediate_size": 96}
     model = tmp_path / "model"
     training_memory.make_model(model, {**sizes, "num_hidden_layers": 2})
     configs = {}
