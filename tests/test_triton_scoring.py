@@ -114,12 +114,18 @@ def test_any_segments(data, standardise, tau):
     options = (lengths, weights, starts, 42, tau, standardise)
     expected = eager(scores.cpu(), *options)
     alpha, rewards = (part.cpu() for part in softmax_rewards(scores, *options))
-    # exp(x) is off by |x| roundings of x, and x is up to 700 where tau is small.
-    roundings = 16 + 8 * expected[0].clamp_min(1e-300).log().abs()
+    # exp(x - y) is off by as many roundings as x and y are large: many where tau is small.
+    sizes = []
+    for part in scores.cpu().double().split(lengths):
+        unit = tau * (float(part.std(correction=0)) if standardise and len(part) > 1 else 1.0)
+        sizes.append((part.abs().amax() / (unit or tau)).expand(len(part)) if len(part) else part)
+    roundings = 16 + 8 * torch.cat([*sizes, torch.empty(0)])
     assert ((alpha - expected[0]).abs() <= roundings * WIDE * expected[0] + 1e-300).all()
-    # A sum may cancel: relative to what was added, each part as far off as above.
-    size = eager(scores.cpu(), lengths, [abs(w) for w in weights], *options[2:])[1]
-    assert ((rewards - expected[1]).abs() <= 8192 * WIDE * size).all()
+    # A sum may cancel: what was added counts, each part as far off as above.
+    bound, parts = torch.zeros(42, dtype=torch.float64), (expected[0] * roundings).split(lengths)
+    for part, weight, start in zip(parts, weights, starts, strict=True):
+        bound[start : start + len(part)] += abs(weight) * part
+    assert ((rewards - expected[1]).abs() <= bound * WIDE + 1e-300).all()
 
 
 def standardise_ignored(scores, lengths, weights, starts, count, tau, standardise):
