@@ -24,7 +24,7 @@ from bench.facts import facts, save
 from bench.flops import Sizes, judgements_of, required_flops
 from bench.gate import GateError, gate
 from bench.ours import backend_of
-from bench.peak import higher, peak
+from bench.peak import higher, peak, rate
 from bench.repetitions import Effort, add_figures, repeat
 from bench.rivals import RIVALS, Unavailable, loop
 from bench.scenarios import SCENARIOS, Scenario
@@ -83,7 +83,7 @@ def compare(
     if effort is not None:
         runs = {name: partial(RIVALS[name].run, model, workload) for name in measured}
         slow = {name for name in measured if RIVALS[name].slow}
-        repeat(runs, measured, effort, slow, log)
+        repeat(runs, measured, effort, slow, log, partial(rate, threads, scenario.dtype))
         peaks = higher(peaks, peak(threads))
     required = required_flops(Sizes.of(model.config), judgements_of(workload))
     result = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["higher", "peak"]
+__all__ = ["higher", "peak", "rate"]
 
 SOURCE = Path(__file__).with_name("peak.cpp")
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
@@ -37,6 +37,11 @@ class _NotMeasured(RuntimeError):
 def peak(threads: int) -> dict[str, Any]:
     """`{dtype: {"instructions", "best_gflops", "median_gflops"} | {"not_measured": why}}`."""
     return {dtype: _one(threads, kind) for dtype, kind in NAMES.items()}
+
+
+def rate(threads: int, dtype: str) -> float | None:
+    """GFLOP/s of the best run, None: not measured."""
+    return _one(threads, NAMES[dtype]).get("best_gflops")
 
 
 def higher(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

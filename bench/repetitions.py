@@ -50,10 +50,13 @@ def repeat(
     effort: Effort,
     slow: Collection[str] = (),
     log: Callable[[str], None] = lambda line: None,
+    rate: Callable[[], float | None] | None = None,
 ) -> None:
     """Time every run; each repetition's seconds, CPU seconds and load go to the entry of its name.
 
-    Those named in `slow` take part in the first `slow_repetitions` repetitions only.
+    Those named in `slow` take part in the first `slow_repetitions` repetitions only. `rate`, the
+    machine's peak, is measured right before and right after each run of ours, and the higher goes
+    to its entry: clocks drift by more in a minute than there is to tell.
     """
     started, repetition = time.perf_counter(), 0
     while effort.another(repetition, time.perf_counter() - started):
@@ -63,10 +66,15 @@ def repeat(
             entry = entries[name]
             gc.collect()
             entry["load_before"].append(round(os.getloadavg()[0], 2))
+            measured = rate if name == "ours" else None
+            before = measured and measured()
             cpu, wall = time.process_time(), time.perf_counter()
             runs[name]()
             entry["seconds"].append(time.perf_counter() - wall)
             entry["cpu_seconds"].append(time.process_time() - cpu)
+            after = measured and measured()
+            if before and after:
+                entry.setdefault("peak_gflops", []).append(max(before, after))
             log(f"repetition {repetition + 1}, {name}: {entry['seconds'][-1]:.2f} s")
         repetition += 1
 
@@ -82,13 +90,20 @@ def paired_ratio(result: dict[str, Any], slower: str, faster: str) -> float | No
 
 def add_figures(result: dict[str, Any], flops: int) -> None:
     """To every rival of a result: median seconds, ratio to ours, and the share of the peak that
-    `flops` in that time are."""
-    rate = result["peak"].get(result["scenario"]["dtype"], {}).get("best_gflops")
+    `flops` in that time are. Ours against the peak beside each of its repetitions, the others
+    against the median of those."""
+    best = result["peak"].get(result["scenario"]["dtype"], {}).get("best_gflops")
+    beside = result["rivals"].get("ours", {}).get("peak_gflops")
+    usual = statistics.median(beside) if beside else best
     for name, entry in result["rivals"].items():
         ratio = paired_ratio(result, name, "ours")
         entry["times_ours"] = None if ratio is None else round(ratio, 2)
         if entry["seconds"]:
-            median = statistics.median(entry["seconds"])
-            entry["median_seconds"] = round(median, 4)
-            share = None if rate is None else share_of_peak(flops / 1e9, median, rate)
-            entry["share_of_peak"] = None if share is None else round(share, 4)
+            entry["median_seconds"] = round(statistics.median(entry["seconds"]), 4)
+            rates = entry.get("peak_gflops") or [usual] * len(entry["seconds"])
+            shares = [
+                share_of_peak(flops / 1e9, seconds, rate)
+                for seconds, rate in zip(entry["seconds"], rates, strict=True)
+                if rate
+            ]
+            entry["share_of_peak"] = round(statistics.median(shares), 4) if shares else None

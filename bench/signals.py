@@ -25,7 +25,7 @@ from bench.facts import facts, save
 from bench.flops import Sizes
 from bench.gate import GateError, gate_tensors
 from bench.ours import backend_of
-from bench.peak import higher, peak
+from bench.peak import higher, peak, rate
 from bench.repetitions import Effort, add_figures, repeat
 from bench.rivals import Unavailable
 from bench.signal_flops import REQUIRED
@@ -106,7 +106,14 @@ def compare_signal(
         peaks = peak(threads)
         runs = {one: partial(known[one].run, model, rollouts) for one in measured}
         slow = {one for one in measured if known[one].slow}
-        repeat(runs, measured, ONCE if scenario.once else effort, slow, log)
+        repeat(
+            runs,
+            measured,
+            ONCE if scenario.once else effort,
+            slow,
+            log,
+            partial(rate, threads, scenario.dtype),
+        )
         peaks = higher(peaks, peak(threads))
         if scenario.memory and name is not None:
             chosen = [one for one in ("ours", loop) if one in measured]

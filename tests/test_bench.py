@@ -116,6 +116,26 @@ def test_repetitions(effort, seconds, repetitions):
     assert done == repetitions
 
 
+def test_ours_is_held_against_the_peak_beside_each_of_its_repetitions():
+    found = result(ours=[1.0], loop=[1.0])
+    for entry in found["rivals"].values():
+        entry.update(seconds=[], cpu_seconds=[], load_before=[])
+    rates = iter([100.0, 80.0, 20.0, 50.0])  # before and after each run of ours
+    runs = {name: lambda: None for name in found["rivals"]}
+    effort = Effort(2, least_seconds=0)
+    repetitions.repeat(runs, found["rivals"], effort, rate=lambda: next(rates))
+    ours, loop = (found["rivals"][name] for name in ("ours", "loop"))
+    assert ours["peak_gflops"] == [100.0, 50.0] and "peak_gflops" not in loop
+
+    ours["seconds"], loop["seconds"] = [1.0, 4.0], [10.0, 10.0]
+    repetitions.add_figures(found, int(60e9))
+    assert ours["share_of_peak"] == 0.45  # between 60 of 100 and 15 of 50 GFLOP/s
+    assert loop["share_of_peak"] == 0.08  # 6 of 75 GFLOP/s
+    del ours["peak_gflops"]
+    repetitions.add_figures(found, int(60e9))
+    assert loop["share_of_peak"] == round(6 / 123.4, 4)
+
+
 def test_a_budget_cuts_long_scenarios_short():
     plain = Effort()
     names = list(SCENARIOS)
@@ -145,6 +165,7 @@ def test_the_peak_is_measured_or_says_why_not(monkeypatch):
     peak._program.cache_clear()
     monkeypatch.setattr(peak, "COMPILERS", ("no-such-compiler",))
     monkeypatch.delenv("CXX", raising=False)
+    assert peak.rate(1, "float32") is None
     missing = peak.peak(1)
     assert missing["float32"] == {"not_measured": "no C++ compiler: none of no-such-compiler"}
     peak._program.cache_clear()

@@ -199,13 +199,12 @@ void mix_values(const T* weights, const T* by_row, i64 head_dim, const int64_t* 
     }
 }
 
-// -inf where a key lies behind its query, outside the window, or between the last key and the end
-// of its vector.
-G2R_INLINE void hide_keys(float* row, i64 position, KeyRange keys, i64 window) {
+// `value` where a key lies behind its query, outside the window, or between the last key and the
+// end of its vector.
+G2R_INLINE void fill_hidden(float* row, i64 position, KeyRange keys, i64 window, float value) {
     const i64 first = window > 0 ? larger(keys.low, position - window + 1) : keys.low;
-    const float hidden = -__builtin_inff();
-    for (i64 k = 0; k < first - keys.low; k++) row[k] = hidden;
-    for (i64 k = position + 1 - keys.low; k < keys.width; k++) row[k] = hidden;
+    for (i64 k = 0; k < first - keys.low; k++) row[k] = value;
+    for (i64 k = position + 1 - keys.low; k < keys.width; k++) row[k] = value;
 }
 
 }  // namespace g2r::G2R_NS

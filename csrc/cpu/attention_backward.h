@@ -28,6 +28,17 @@ struct Weigh : Store {
     }
 };
 
+// exp(values - the row's log-sum-exp) into a tile.
+struct Probability : Store {
+    const float* lse;  // [rows]
+    template <int N>
+    G2R_INLINE void operator()(i64 row, const vf (&values)[N]) const {
+        const vf shift = splat(lse[row]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) store(out + row * ld + n * kWidth, exp(values[n] - shift));
+    }
+};
+
 template <class S, class T>
 class BackwardTask {
     static constexpr int kPair = Pair<T>::size;
@@ -193,22 +204,30 @@ class BackwardTask {
 
     void probabilities(i64 row, i64 n, i64 head, const int64_t* positions, KeyRange keys) {
         const i64 ld = keys.width;
-        float* scores = p_;
-        score_panels<T>(
-            queries_, keys_by_column_, d_, positions, n, keys,
-            [&](i64 first, i64 column) { return Store{scores + first * ld + column, ld}; },
-            [](i64, i64, i64, i64) {});
-        for (i64 i = 0; i < n; i++) {
-            float* p = p_ + i * ld;
-            if (in_.softcap > 0.0f) {
-                float* slope = slope_ + i * ld;
-                for (i64 k = 0; k < ld; k++) slope[k] = 0.0f;
-                soft_cap(p, positions[i] + 1 - keys.low, in_.softcap, slope);
-            }
-            hide_keys(p, positions[i], keys, in_.window);
-            const vf lse = splat(in_.lse[(row + i) * in_.heads + head]);
-            for (i64 k = 0; k < ld; k += kWidth) store(p + k, exp(load(p + k) - lse));
+        float* p = p_;
+        float lse[kQueryRows];
+        for (i64 i = 0; i < n; i++) lse[i] = in_.lse[(row + i) * in_.heads + head];
+        const auto scores = [&](const auto& finish_at) {
+            score_panels<T>(queries_, keys_by_column_, d_, positions, n, keys, finish_at,
+                            [](i64, i64, i64, i64) {});
+        };
+        if (in_.softcap > 0.0f) {
+            scores([&](i64 first, i64 column) { return Store{p + first * ld + column, ld}; });
+            for (i64 i = 0; i < n; i++)
+                capped(p + i * ld, slope_ + i * ld, positions[i], keys, lse[i]);
+        } else {
+            scores([&](i64 first, i64 column) {
+                return Probability{{p + first * ld + column, ld}, lse + first};
+            });
         }
+        for (i64 i = 0; i < n; i++) fill_hidden(p + i * ld, positions[i], keys, in_.window, 0.0f);
+    }
+
+    // Scores to probabilities of capped ones, and the slopes of the cap.
+    void capped(float* p, float* slope, i64 position, KeyRange keys, float lse) const {
+        for (i64 k = 0; k < keys.width; k++) slope[k] = 0.0f;
+        soft_cap(p, position + 1 - keys.low, in_.softcap, slope);
+        for (i64 k = 0; k < keys.width; k += kWidth) store(p + k, exp(load(p + k) - splat(lse)));
     }
 
     // P * dP, and its row sums.

@@ -105,7 +105,7 @@ class ForwardTask {
             float* scores = scores_ + t * ld;
             if (in_.softcap > 0.0f)
                 soft_cap(scores, positions[t] + 1 - keys.low, in_.softcap, nullptr);
-            hide_keys(scores, positions[t], keys, in_.window);
+            fill_hidden(scores, positions[t], keys, in_.window, -__builtin_inff());
             float most;
             exponentiate(scores, weights() + t * ld, ld, most, total[t]);
             in_.lse[(row + t) * in_.heads + head] = most + logf(total[t]);

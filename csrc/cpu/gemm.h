@@ -16,29 +16,13 @@ constexpr i64 kFewestTaskRows = 126;
 // The fewest rows that one thread takes through all the products of a stage by itself.
 constexpr i64 kFewestOwnRows = 252;
 
-// Rows to be multiplied: number k of a row is data[k / kDepth * slice + row * ld + k % kDepth].
+// Rows to be multiplied, slice by slice: number k of a row is
+// data[k / depth * slice + row * ld + k % depth].
 template <class T>
 struct Rows {
     const T* data;
     i64 ld;
-    i64 slice = kDepth;  // row-major
-};
-
-// Rows [depth / kDepth][rows][kDepth]: a slice of wide rows lies together, in few pages.
-template <class T>
-class SlicedRows {
- public:
-    SlicedRows(i64 rows, i64 width)
-        : slice_(rows * kDepth), data_(ceil_div(width, kDepth) * slice_) {}
-    // Where number k lies, and its neighbours up to the next multiple of 16.
-    G2R_INLINE T* at(i64 row, i64 k) const {
-        return data_ + k / kDepth * slice_ + row * kDepth + k % kDepth;
-    }
-    operator Rows<T>() const { return {data_, kDepth, slice_}; }
-
- private:
-    i64 slice_;
-    Array<T> data_;
+    i64 depth = kDepth, slice = kDepth;  // row-major
 };
 
 // task(panel, row, rows) for pieces that together are all rows and panels.
@@ -55,33 +39,82 @@ void each_piece(i64 rows, i64 panels, const Task& task) {
     });
 }
 
-// c[rows][ldc] = (or, with `add`, +=) rows of a times the columns of a panel of `weight`.
-template <class T, class Weight>
-void multiply_panel(const Rows<T>& a, i64 row, i64 rows, const Weight& weight, i64 panel, float* c,
-                    i64 ldc, bool add) {
+// use(k, depth, left, right) for every slice of a panel: its place, and what is multiplied of rows
+// from `row` on.
+template <class T, class Weight, class Use>
+void each_slice(const Rows<T>& a, i64 row, const Weight& weight, i64 panel, const Use& use) {
     const Array<T> slice(kDepth * kPanel);
-    const i64 columns = smaller<i64>(kPanel, weight.columns() - panel * kPanel);
-    for (i64 k = 0; k < weight.depth(); k += kDepth) {
-        const i64 depth = smaller(kDepth, weight.depth() - k);
+    for (i64 k = 0; k < weight.depth(); k += a.depth) {
+        const i64 depth = smaller(a.depth, weight.depth() - k);
         weight.pack(slice, panel, k, depth);
-        const Operand<T> left{a.data + k / kDepth * a.slice + row * a.ld, a.ld, Pair<T>::size};
-        const Panel<T> right{slice, kPanel * Pair<T>::size};
-        product<T>(left, rows, right, ceil_div(columns, kWidth), depth, c, ldc, add || k > 0);
+        use(k, depth, Operand<T>{a.data + k / a.depth * a.slice + row * a.ld, a.ld, Pair<T>::size},
+            Panel<T>{slice, kPanel * Pair<T>::size});
+    }
+}
+
+// A whole tile of the last slice: its numbers go from the registers to an epilogue.
+template <class Epilogue>
+struct Last {
+    const float* sums;  // [rows][kPanel], of the slices before, or null
+    i64 row, column;    // of the result
+    const Epilogue& epilogue;
+    template <int N>
+    G2R_INLINE void start(i64 at, vf (&values)[N]) const {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+            values[n] = sums == nullptr ? vf{} : load(sums + at * kPanel + n * kWidth);
+    }
+    template <int N>
+    G2R_INLINE void expect(i64 at) const {
+        epilogue.template expect<N>(row + at, column);
+    }
+    template <int N>
+    G2R_INLINE void operator()(i64 at, const vf (&values)[N]) const {
+        epilogue(row + at, column, values);
+    }
+};
+
+template <class Epilogue>
+void hand_over(const float* sums, i64 rows, i64 vectors, i64 row, i64 column,
+               const Epilogue& epilogue) {
+    for (i64 r = 0; r < rows; r++, sums += kPanel) {
+        if (vectors == kVectors) {
+            vf values[kVectors];
+            for (int n = 0; n < kVectors; n++) values[n] = load(sums + n * kWidth);
+            epilogue(row + r, column, values);
+        } else {
+            for (i64 n = 0; n < vectors; n++) {
+                const vf values[1] = {load(sums + n * kWidth)};
+                epilogue(row + r, column + n * kWidth, values);
+            }
+        }
     }
 }
 
 // [rows][depth] a times the columns of `weight`, a Transposed or a Plain.
 //
-// epilogue(row, rows, column, columns, tile): what becomes of `rows` x `columns` finished numbers,
-// tile[r * kPanel + c] belonging to (row + r, column + c). Every number is handed over once.
+// epilogue(row, column, values): what becomes of a row's finished numbers from `column` on. Every
+// number is handed over once; behind the last column there are zeros up to a whole vector. A panel
+// of kPanel columns comes in one piece.
+// epilogue.expect<N>(row, column): the same will come for N vectors; the row may not exist.
 template <class T, class Weight, class Epilogue>
 void multiply(const Rows<T>& a, i64 rows, const Weight& weight, const Epilogue& epilogue) {
     each_piece(rows, ceil_div(weight.columns(), kPanel), [&](i64 panel, i64 row, i64 here) {
-        const Array<float> c(here * kPanel);
         const i64 column = panel * kPanel;
-        multiply_panel(a, row, here, weight, panel, c, kPanel, false);
-        epilogue(row, here, column, smaller<i64>(kPanel, weight.columns() - column),
-                 static_cast<const float*>(c));
+        const i64 vectors = ceil_div(smaller<i64>(kPanel, weight.columns() - column), kWidth);
+        const i64 whole = vectors == kVectors ? here / kRows * kRows : 0;  // rows in whole tiles
+        const Array<float> sums(here * kPanel);
+        each_slice(a, row, weight, panel, [&](i64 k, i64 depth, Operand<T> left, Panel<T> right) {
+            const bool is_last = k + depth == weight.depth();
+            const i64 first = is_last ? whole : 0;
+            product<T>({left.data + first * left.row, left.row, left.step}, here - first, right,
+                       vectors, depth, sums + first * kPanel, kPanel, k > 0);
+            if (!is_last) return;
+            const Last<Epilogue> finish{k > 0 ? sums.data() : nullptr, row, column, epilogue};
+            for (i64 r = 0; r < whole; r += kRows)
+                tile<T, kRows, kVectors>(left, r, right, depth / Pair<T>::size, finish);
+            hand_over(sums + whole * kPanel, here - whole, vectors, row + whole, column, epilogue);
+        });
     });
 }
 
@@ -90,8 +123,12 @@ template <class T, class Weight>
 void multiply_into(const Rows<T>& a, i64 rows, const Weight& weight, float* out, bool add) {
     const i64 columns = weight.columns();
     each_piece(rows, ceil_div(columns, kPanel), [&](i64 panel, i64 row, i64 here) {
-        float* c = out + row * columns + panel * kPanel;
-        multiply_panel(a, row, here, weight, panel, c, columns, add);
+        const i64 column = panel * kPanel;
+        const i64 vectors = smaller<i64>(kPanel, columns - column) / kWidth;
+        float* c = out + row * columns + column;
+        each_slice(a, row, weight, panel, [&](i64 k, i64 depth, Operand<T> left, Panel<T> right) {
+            product<T>(left, here, right, vectors, depth, c, columns, add || k > 0);
+        });
     });
 }
 

@@ -5,6 +5,29 @@
 
 namespace g2r::G2R_NS {
 
+// An epilogue; columns may be any number.
+template <class S>
+struct WithBias {
+    float* out;  // [rows][columns]
+    i64 columns;
+    const S* bias;
+
+    template <int N>
+    G2R_INLINE void expect(i64 row, i64 column) const {
+        ask_for<N, true>(out + row * columns + column);
+    }
+    template <int N>
+    G2R_INLINE void operator()(i64 row, i64 column, const vf (&values)[N]) const {
+        float tile[N * kWidth];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) store(tile + n * kWidth, values[n]);
+        float* to = out + row * columns + column;
+        const i64 count = smaller<i64>(N * kWidth, columns - column);
+        for (i64 c = 0; c < count; c++)
+            to[c] = tile[c] + (bias == nullptr ? 0.0f : widen(bias[column + c]));
+    }
+};
+
 template <class S, class T>
 void linear_forward_as(const LinearForward& in) {
     const i64 columns = in.linear.out, depth = in.linear.in;
@@ -14,14 +37,7 @@ void linear_forward_as(const LinearForward& in) {
         const Operands<S, T> operands(rows, depth);
         const S* x = static_cast<const S*>(in.x) + start * depth;
         multiply<T>({operands.of(x, rows), depth}, rows, weight,
-                    [&](i64 row, i64 here, i64 column, i64 wide, const float* tile) {
-                        for (i64 r = 0; r < here; r++) {
-                            float* out = in.out + (start + row + r) * columns + column;
-                            for (i64 c = 0; c < wide; c++)
-                                out[c] = tile[r * kPanel + c] +
-                                         (bias == nullptr ? 0.0f : widen(bias[column + c]));
-                        }
-                    });
+                    WithBias<S>{in.out + start * columns, columns, bias});
     });
 }
 

@@ -158,6 +158,9 @@ struct Transposed {
     }
 };
 
+// Rows of a weight that are asked for ahead of their packing: they lie far apart.
+constexpr i64 kAhead = 24;
+
 // For g W: a column is a column of W, of which there are a multiple of kWidth. `scale`, or null,
 // multiplies them.
 template <class T, class S>
@@ -176,6 +179,8 @@ struct Plain {
         for (i64 at = 0; at < count; at += pair, out += kPanel * pair) {
             const S* even = weight.row(k + at) + first;
             const S* odd = weight.row(k + at + pair - 1) + first;
+            ask_for<kVectors, false>(even + kAhead * weight.width);
+            if constexpr (pair > 1) ask_for<kVectors, false>(odd + kAhead * weight.width);
             for (i64 j = 0; j < kPanel; j += kWidth) {
                 const S* factors = scale == nullptr ? nullptr : scale + first + j;
                 vu unit{};

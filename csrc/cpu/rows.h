@@ -105,6 +105,24 @@ struct Activated {
 };
 
 template <Activation activation>
+struct Chosen {
+    static constexpr Activation value = activation;
+};
+
+// body(a Chosen)
+template <class Body>
+void by_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::silu:
+            return body(Chosen<Activation::silu>());
+        case Activation::gelu:
+            return body(Chosen<Activation::gelu>());
+        case Activation::gelu_tanh:
+            return body(Chosen<Activation::gelu_tanh>());
+    }
+}
+
+template <Activation activation>
 G2R_INLINE Activated activate(vf x) {
     if constexpr (activation == Activation::silu) {
         const vf s = sigmoid(x), value = x * s;

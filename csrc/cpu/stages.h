@@ -15,11 +15,13 @@ template <class Body>
 void each_chunk(i64 rows, const Body& body) {
     const i64 threads = pool().threads();
     if (threads > 1 && rows >= threads * kFewestOwnRows) {
-        const i64 wanted = round_up(ceil_div(rows, kTaskRows), threads);
-        const i64 chunk = round_up(ceil_div(rows, wanted), kRows);
-        parallel(ceil_div(rows, chunk), [&](i64 index) {
+        const i64 tiles = ceil_div(rows, kRows);
+        const i64 chunks = round_up(ceil_div(rows, kTaskRows), threads);
+        parallel(chunks, [&](i64 index) {
             const Alone alone;
-            body(index * chunk, smaller(chunk, rows - index * chunk));
+            const i64 start = index * tiles / chunks * kRows;
+            const i64 stop = smaller(rows, (index + 1) * tiles / chunks * kRows);
+            body(start, stop - start);
         });
         return;
     }
@@ -57,12 +59,25 @@ G2R_INLINE vf bias_at(const void* bias, i64 column) {
 // An epilogue: use(out, values, column) for every vector of the finished numbers, `out` being where
 // it belongs in [rows][width]. Columns are a multiple of kWidth.
 template <class Out, class Use>
-G2R_INLINE auto each_vector(Out* out, i64 width, const Use& use) {
-    return [=](i64 row, i64 rows, i64 column, i64 columns, const float* tile) {
-        for (i64 r = 0; r < rows; r++)
-            for (i64 c = 0; c < columns; c += kWidth)
-                use(out + (row + r) * width + column + c, load(tile + r * kPanel + c), column + c);
-    };
+struct EachVector {
+    Out* out;
+    i64 width;
+    Use use;
+    template <int N>
+    G2R_INLINE void expect(i64 row, i64 column) const {
+        ask_for<N, true>(out + row * width + column);
+    }
+    template <int N>
+    G2R_INLINE void operator()(i64 row, i64 column, const vf (&values)[N]) const {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++, column += kWidth)
+            use(out + row * width + column, values[n], column);
+    }
+};
+
+template <class Out, class Use>
+G2R_INLINE EachVector<Out, Use> each_vector(Out* out, i64 width, const Use& use) {
+    return {out, width, use};
 }
 
 template <class Out>
@@ -176,35 +191,50 @@ void qkv_forward_as(const QkvForward& in) {
 
 // Gate and up columns that go through the products together, so that what lies between two
 // products stays in the caches however wide the layer is.
-constexpr i64 kStripe = 2 * kDepth;
+constexpr i64 kStripe = kDepth;
 
-// Where a tile of kPanel / 2 gates beside the same ups belongs: its first row and feature, and
-// where act(gate) * up of them goes.
-template <class T>
-struct ActivatedTile {
-    i64 row, feature;
-    T* out;  // [rows][kStripe]
-    i64 columns;
-};
-
+// An epilogue of products with gates beside the same ups, in panels of half and half: act(gate) *
+// up and what is kept of it.
 template <Activation activation, class S, class T>
-void activate_tile(const MlpForward& in, const ActivatedTile<T>& to, i64 rows, const float* tile) {
-    for (i64 r = 0; r < rows; r++, tile += kPanel) {
-        const i64 kept = in.keep[to.row + r], at = kept * in.width + to.feature;
-        for (i64 c = 0; c < to.columns; c += kWidth) {
-            const vf gate = load(tile + c) + bias_at<S>(in.gate.bias, to.feature + c);
-            const vf up = load(tile + kPanel / 2 + c) + bias_at<S>(in.up.bias, to.feature + c);
+struct Activate {
+    const MlpForward& in;
+    i64 start, rows;    // of the chunk
+    i64 first, stripe;  // features of the stripe
+    T* out;             // [rows][kStripe]
+
+    template <int N>
+    G2R_INLINE void expect(i64 row, i64 column) const {
+        const i64 kept = in.keep[start + smaller(row, rows - 1)];
+        ask_for<N / 2, true>(out + row * kStripe + column / 2);
+        if (kept < 0) return;
+        const i64 at = kept * in.width + first + column / 2;
+        ask_for<N / 2, true>(static_cast<const S*>(in.d_gate) + at);
+        ask_for<N / 2, true>(static_cast<const S*>(in.d_up) + at);
+    }
+    template <int N>
+    G2R_INLINE void operator()(i64 row, i64 column, const vf (&values)[N]) const {
+        const i64 kept = in.keep[start + row], feature = first + column / 2;
+        const i64 left = stripe - column / 2, to = kept * in.width + feature;
+        S* const d_gate = static_cast<S*>(in.d_gate) + to;
+        S* const d_up = static_cast<S*>(in.d_up) + to;
+        S* const shown = static_cast<S*>(in.activation_out);
+        T* const activated = out + row * kStripe + column / 2;
+        const void *const gate_bias = in.gate.bias, *const up_bias = in.up.bias;
+#pragma GCC unroll 8
+        for (int n = 0; n < N / 2; n++) {
+            const int at = n * kWidth;
+            if (at >= left) return;
+            const vf gate = values[n] + bias_at<S>(gate_bias, feature + at);
+            const vf up = values[N / 2 + n] + bias_at<S>(up_bias, feature + at);
             const Activated act = activate<activation>(gate);
-            store(to.out + r * kStripe + c, act.value * up);
-            if (kept >= 0) {
-                store(static_cast<S*>(in.d_gate) + at + c, act.slope * up);
-                store(static_cast<S*>(in.d_up) + at + c, act.value);
-                if (in.activation_out != nullptr)
-                    store(static_cast<S*>(in.activation_out) + at + c, act.value * up);
-            }
+            store(activated + at, act.value * up);
+            if (kept < 0) continue;
+            store(d_gate + at, act.slope * up);
+            store(d_up + at, act.value);
+            if (shown != nullptr) store(shown + to + at, act.value * up);
         }
     }
-}
+};
 
 // Output features [first, first + count) of a linear layer.
 template <class S>
@@ -237,21 +267,11 @@ void mlp_forward_as(const MlpForward& in) {
             const Transposed<T, S> gate_up{
                 stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
                 post_norm, stripe};
-            multiply<T>(
-                {normed, hidden}, rows, gate_up,
-                [&](i64 row, i64 here, i64 column, i64, const float* tile) {
-                    const ActivatedTile<T> to{start + row, first + column / 2,
-                                              activated + row * kStripe + column / 2,
-                                              smaller<i64>(kPanel / 2, stripe - column / 2)};
-                    switch (in.activation) {
-                        case Activation::silu:
-                            return activate_tile<Activation::silu, S>(in, to, here, tile);
-                        case Activation::gelu:
-                            return activate_tile<Activation::gelu, S>(in, to, here, tile);
-                        case Activation::gelu_tanh:
-                            return activate_tile<Activation::gelu_tanh, S>(in, to, here, tile);
-                    }
-                });
+            by_activation(in.activation, [&](auto activation) {
+                using Epilogue = Activate<decltype(activation)::value, S, T>;
+                multiply<T>({normed, hidden}, rows, gate_up,
+                            Epilogue{in, start, rows, first, stripe, activated});
+            });
             const Transposed<T, S> down{stacked<S>(in.down), nullptr, 0, first, stripe};
             multiply_into<T>({activated, kStripe}, rows, down, x, true);
         }
@@ -271,16 +291,53 @@ G2R_INLINE void show_norm(float* g, i64 width, const void* normed, i64 at, const
     }
 }
 
+// An epilogue of products that are gradients of act(gate) * up: those of gate and of up.
+template <class S, class T>
+struct GateUpGrads {
+    const MlpBackward& in;
+    i64 start, rows;    // of the chunk
+    i64 first, stripe;  // features of the stripe
+    T* out;             // [2][rows][kStripe]
+
+    template <int N>
+    G2R_INLINE void expect(i64 row, i64 column) const {
+        const i64 at = in.saved[start + smaller(row, rows - 1)] * in.width + first + column;
+        ask_for<N, false>(static_cast<const S*>(in.d_gate) + at);
+        ask_for<N, false>(static_cast<const S*>(in.d_up) + at);
+        ask_for<N, true>(out + row * kStripe + column);
+        ask_for<N, true>(out + (rows + row) * kStripe + column);
+    }
+    template <int N>
+    G2R_INLINE void operator()(i64 row, i64 column, const vf (&values)[N]) const {
+        const i64 from = in.saved[start + row] * in.width + first + column;
+        const S* const d_gate = static_cast<const S*>(in.d_gate) + from;
+        const S* const d_up = static_cast<const S*>(in.d_up) + from;
+        T* const gate_out = out + row * kStripe + column;
+        T* const up_out = gate_out + rows * kStripe;
+        S* shown = static_cast<S*>(in.gate_up);
+        if (shown != nullptr) shown += (start + row) * 2 * in.width + first + column;
+        const i64 width = in.width;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            const int at = n * kWidth;
+            const vf gate = values[n] * load(d_gate + at), up = values[n] * load(d_up + at);
+            store(gate_out + at, gate);
+            store(up_out + at, up);
+            if (shown == nullptr) continue;
+            store(shown + at, gate);
+            store(shown + width + at, up);
+        }
+    }
+};
+
 template <class S, class T>
 void mlp_backward_as(const MlpBackward& in) {
     const i64 hidden = in.hidden;
     const bool shown = in.gate_up != nullptr;
     const S* post_norm = static_cast<const S*>(in.post_norm);
-    S* gate_up_grads = static_cast<S*>(in.gate_up);
-    const S *d_gate = static_cast<const S*>(in.d_gate), *d_up = static_cast<const S*>(in.d_up);
     each_chunk(in.rows, [&](i64 start, i64 rows) {
         const Operands<float, T> grads(rows, hidden);
-        const SlicedRows<T> back(rows, 2 * kStripe);  // of a stripe of gate, then of up
+        const Array<T> back(2 * rows * kStripe);  // of a stripe of gate, then of up
         const Array<float> dh(rows * hidden);
         float* dx = in.dx + start * hidden;
         const int32_t* saved = in.saved + start;
@@ -288,30 +345,11 @@ void mlp_backward_as(const MlpBackward& in) {
         for (i64 first = 0; first < in.width; first += kStripe) {
             const i64 stripe = smaller(kStripe, in.width - first);
             const Plain<T, S> down{stacked<S>(in.down), nullptr, first, stripe};
-            multiply(grad, rows, down,
-                     [&](i64 row, i64 here, i64 column, i64 columns, const float* tile) {
-                         for (i64 r = 0; r < here; r++) {
-                             const i64 from = saved[row + r] * in.width + first + column;
-                             S* out = shown ? gate_up_grads + (start + row + r) * 2 * in.width +
-                                                  first + column
-                                            : nullptr;
-                             for (i64 c = 0; c < columns; c += kWidth) {
-                                 const vf act = load(tile + r * kPanel + c);
-                                 const vf gate = act * load(d_gate + from + c);
-                                 const vf up = act * load(d_up + from + c);
-                                 store(back.at(row + r, column + c), gate);
-                                 store(back.at(row + r, stripe + column + c), up);
-                                 if (shown) {
-                                     store(out + c, gate);
-                                     store(out + in.width + c, up);
-                                 }
-                             }
-                         }
-                     });
+            multiply(grad, rows, down, GateUpGrads<S, T>{in, start, rows, first, stripe, back});
             const Plain<T, S> gate_up{
                 stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
                 shown ? nullptr : post_norm};
-            multiply_into<T>(back, rows, gate_up, dh, first > 0);
+            multiply_into<T>({back, kStripe, stripe, rows * kStripe}, rows, gate_up, dh, first > 0);
         }
         each_row(rows, [&](i64 r) {
             float* g = dh + r * hidden;

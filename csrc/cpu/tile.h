@@ -88,19 +88,29 @@ G2R_INLINE void step_of(vf (&c)[M][N], const bf16* a, i64 row, const bf16* b) {
 
 // Where `a` lies row by row, the rows of the next tile come to the second-level cache meanwhile:
 // the rows of a task are more than it holds. What lies behind the last row is asked for in vain.
-template <class T, int M, int N>
+// ahead(row of a tile) asks for more, a little at a time: what is asked for all at once would stand
+// in the way of what is needed now.
+template <class T, int M, int N, class Ahead>
 G2R_INLINE void accumulate(vf (&c)[M][N], const T* a, i64 row, i64 step, const T* b, i64 line,
-                           i64 k) {
+                           i64 k, const Ahead& ahead) {
     constexpr i64 of_line = 16;  // steps in a cache line of `a`
     if (step == Pair<T>::size) {
-        for (; k >= of_line; k -= of_line) {
+        for (int at = 0; k >= of_line; k -= of_line, at++) {
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) __builtin_prefetch(a + (M + m) * row, 0, 2);
+            if (at < M) ahead(at);
 #pragma GCC unroll 1
             for (int i = 0; i < of_line; i++, a += step, b += line) step_of(c, a, row, b);
         }
     }
     for (; k > 0; k--, a += step, b += line) step_of(c, a, row, b);
+}
+
+// Asks for N vectors of memory to be written, or read.
+template <int N, bool written, class V>
+G2R_INLINE void ask_for(const V* memory) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) __builtin_prefetch(memory + n * kWidth, written, 2);
 }
 
 // What becomes of a tile: finish(row, values) for its rows.
@@ -115,8 +125,7 @@ struct Store {
     // Its memory comes to the caches meanwhile.
     template <int N>
     G2R_INLINE void expect(i64 row) const {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) __builtin_prefetch(out + row * ld + n * kWidth, 1, 2);
+        ask_for<N, true>(out + row * ld);
     }
     template <int N>
     G2R_INLINE void start(i64, vf (&values)[N]) const {
@@ -139,9 +148,8 @@ G2R_INLINE void tile(Operand<T> a, i64 row, Panel<T> b, i64 k, const Finish& fin
     vf sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) finish.start(row + m, sums[m]);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) finish.template expect<N>(row + M + m);
-    accumulate<T, M, N>(sums, a.data + row * a.row, a.row, a.step, b.data, b.line, k);
+    accumulate<T, M, N>(sums, a.data + row * a.row, a.row, a.step, b.data, b.line, k,
+                        [&](int m) { finish.template expect<N>(row + M + m); });
     __asm__("" : "+r"(row));  // or the compiler keeps all addresses from above, in memory
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) finish(row + m, sums[m]);

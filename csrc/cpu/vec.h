@@ -282,7 +282,8 @@ template <class T>
 class Array : public Scratch {
  public:
     explicit Array(i64 count) : Scratch(count * i64(sizeof(T))), count_(count) {}
-    operator T*() const { return as<T>(); }
+    T* data() const { return as<T>(); }
+    operator T*() const { return data(); }
     i64 size() const { return count_; }
 
  private:
