@@ -20,6 +20,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,23 @@ from bench.facts import facts
 from bench.gpu_ceilings import card, ceilings, clocks
 from bench.gpu_rows import row_kernels
 from bench.gpu_scenarios import GPU_SCENARIOS, WEIGHTS, compare_on_gpu, rehearsal
+from bench.grpo_step import PUBLIC
+from bench.grpo_step import lines as step_lines
+from bench.grpo_step import measure as grpo_step
+from bench.repetitions import Effort
+from bench.signal_scenarios import GPU_SIGNALS, SignalScenario
+from bench.signal_tables import signal_table
+from bench.signals import compare_signal
 from bench.tables import table
 from bench.test_activation_bytes import measure
 
 FATAL = 3
+# Of the repetitions of a signal.
+SIGNAL_SECONDS = 15.0
+# What is kept for the pieces behind the scenarios.
+BEHIND = 120.0
 ENDED = "the process ended"
+SECTIONS = ("gpu", "kernels", "scenarios", "signals", "steps", "activation_bytes", "sweep")
 ACTIVATIONS = {"1.5b-bfloat16": ("1.5b-layers", "bfloat16", 1024)}
 
 Content = dict[str, Any]
@@ -46,6 +60,10 @@ Content = dict[str, Any]
 
 def _log(line: str) -> None:
     print(f"[{time.perf_counter() - _BEGUN:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def _log_of(name: str, line: str) -> None:
+    _log(f"{name}: {line}")
 
 
 _BEGUN = time.perf_counter()
@@ -62,7 +80,7 @@ class _Run:
         if self.path.is_file():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
         problems = self.content.setdefault("problems", [])
-        for section in ("gpu", "kernels", "scenarios", "activation_bytes", "sweep"):
+        for section in SECTIONS:
             for name, entry in self.content.get(section, {}).items():
                 line = f"{section} {name}: {ENDED}"
                 if entry == {"not_measured": ENDED} and line not in problems:
@@ -126,7 +144,7 @@ class _Run:
         rest = sum(WEIGHTS.get(name, 1.0) for name in GPU_SCENARIOS)
         for name, scenario in GPU_SCENARIOS.items():
             chosen = rehearsal(scenario) if small else scenario
-            share = max(0.0, self.left() - 45) * WEIGHTS.get(name, 1.0) / rest
+            share = max(0.0, self.left() - BEHIND) * WEIGHTS.get(name, 1.0) / rest
             rest -= WEIGHTS.get(name, 1.0)
             self.piece(
                 "scenarios",
@@ -139,6 +157,7 @@ class _Run:
                     repetitions=2 if small else 4,
                 ),
             )
+        self._signals(gflops)
         for name in others:
             self.piece("kernels", f"attention, {name}", lambda n=name: self._attention(cases[n]))  # type: ignore[misc]
         for name, (model, dtype, rows) in ACTIVATIONS.items():
@@ -153,6 +172,23 @@ class _Run:
             )
         self.content["clocks_at_the_end"] = clocks()
         self.save()
+
+    def _signals(self, gflops: float | None) -> None:
+        """GRAIL, G2RL and VIGOR on their own, and what each adds to a GRPO step."""
+        small = self.rehearse
+        effort = Effort(2 if small else 4, 1, least_seconds=0.0, most_seconds=SIGNAL_SECONDS)
+        for name, scenario in GPU_SIGNALS.items():
+            chosen = rehearsal_of_signal(scenario) if small else scenario
+            log = partial(_log_of, name)
+            self.piece(
+                "signals",
+                name,
+                partial(compare_signal, chosen, effort=effort, log=log, gflops=gflops),
+            )
+        name, scenario = "gpu-grpo-step", GPU_SIGNALS["gpu-vigor"]
+        chosen = rehearsal_of_signal(scenario) if small else scenario
+        log = partial(_log_of, name)
+        self.piece("steps", name, partial(grpo_step, chosen, PUBLIC, effort=effort, log=log))
 
     def _attention(self, case: gpu_attention.AttentionCase) -> Any:
         return gpu_attention.attention(case, self.device, repeats=2 if self.rehearse else 10)
@@ -170,6 +206,13 @@ class _Run:
                     chosen[name], self.device, log=_log, another=lambda: self.left() > 0, **few
                 ),
             )
+
+
+def rehearsal_of_signal(scenario: SignalScenario) -> SignalScenario:
+    """The same in a size for a CPU."""
+    return replace(
+        scenario, model="tiny", device="cpu", group_size=2, prompt=8, completion=(20, 30)
+    )
 
 
 def _facts(small: bool) -> dict[str, Any]:
@@ -210,6 +253,10 @@ def report(content: Content) -> str:
         else:
             lines.append(table(result, name))
             lines += [f"{rival}: WRONG: {why}" for rival, why in result["refused"].items()]
+    for name, result in content.get("signals", {}).items():
+        lines += ["", result.get("not_measured") or signal_table(result, name)]
+    for result in content.get("steps", {}).values():
+        lines += ["", result.get("not_measured") or step_lines(result)]
     for section in ("kernels", "activation_bytes"):
         for name, entry in content.get(section, {}).items():
             lines += ["", name]

@@ -29,11 +29,12 @@ from transformers import PreTrainedModel
 from bench.facts import facts, save
 from bench.flops import Sizes
 from bench.gate import GateError, gate_tensors
+from bench.gpu_ceilings import synchronise
 from bench.ours import backend_of
 from bench.repetitions import Effort, repeat
 from bench.signal_flops import REQUIRED, stock
 from bench.signal_scenarios import LOOPS, RIVALS_OF, SignalScenario
-from bench.signal_workload import Answer, Rollouts, hidden_states
+from bench.signal_workload import Answer, Rollouts, hidden_states, on_host, to_the_end
 
 __all__ = [
     "GRPO_STEPS",
@@ -123,10 +124,10 @@ def _check(method: str, model: PreTrainedModel, rollouts: Rollouts) -> dict[str,
     """Gate the public way and ours, ours with the hidden states that a step would have."""
     rivals = RIVALS_OF[method]
     loop = rivals[LOOPS[method]].run
-    reference, same_dtype_loop = loop(model, rollouts), None
+    reference, same_dtype_loop = on_host(loop(model, rollouts)), None
     if model.dtype != torch.float32:
         same_dtype_loop = reference
-        reference = loop(copy.deepcopy(model).float(), rollouts)
+        reference = on_host(loop(copy.deepcopy(model).float(), rollouts))
     given = (
         replace(rollouts, hidden=hidden_states(model, rollouts)) if method == "g2rl" else rollouts
     )
@@ -137,7 +138,7 @@ def _check(method: str, model: PreTrainedModel, rollouts: Rollouts) -> dict[str,
     errors = {}
     for name, got in answers.items():
         try:
-            found = gate_tensors(reference, got, same_dtype_loop)
+            found = gate_tensors(reference, on_host(got), same_dtype_loop)
         except GateError as error:
             raise GateError(f"{method}, {name}: {error}") from error
         errors[name] = found["max_relative_error"]
@@ -161,16 +162,18 @@ def measure(
     log("answers agree")
     step = TrainingStep(model, rollouts)
 
-    def ours(method: str) -> Answer:
+    def train() -> None:
+        step()
+        synchronise(model.device)
+
+    def ours(method: str) -> None:
         given = replace(rollouts, hidden=step.hidden) if method == "g2rl" else rollouts
-        return RIVALS_OF[method]["ours"].run(model, given)
+        to_the_end(RIVALS_OF[method]["ours"].run, model, given)()
 
-    def public(method: str) -> Answer:
-        return RIVALS_OF[method][PUBLIC[method]].run(model, rollouts)
-
-    runs: dict[str, Callable[[], object]] = {"step": step}
+    runs: dict[str, Callable[[], object]] = {"step": train}
     for method in methods:
-        runs[f"{method} public"] = partial(public, method)
+        public = RIVALS_OF[method][PUBLIC[method]].run
+        runs[f"{method} public"] = to_the_end(public, model, rollouts)
         runs[f"{method} ours"] = partial(ours, method)
     entries: dict[str, dict[str, Any]] = {
         name: {"seconds": [], "cpu_seconds": [], "load_before": []} for name in runs

@@ -13,7 +13,7 @@ from bench.signal_workload import Rollouts, SignalRival, hidden_states, make_rol
 from bench.vigor_rivals import VIGOR_RIVALS
 from bench.workload import build_model
 
-__all__ = ["LOOPS", "RIVALS_OF", "SIGNAL_SCENARIOS", "SignalScenario"]
+__all__ = ["GPU_SIGNALS", "LOOPS", "RIVALS_OF", "SIGNAL_SCENARIOS", "SignalScenario"]
 
 RIVALS_OF: dict[str, dict[str, SignalRival]] = {
     "grail": GRAIL_RIVALS,
@@ -40,10 +40,13 @@ class SignalScenario:
     memory: bool = False  # measure the memory beyond the model, too
     once: bool = False  # one repetition: the shape is there for its answers
     seed: int = 0
+    device: str = "cpu"
 
     def build(self) -> tuple[PreTrainedModel, Rollouts]:
-        model = build_model(self.model, dtype=getattr(torch, self.dtype), seed=self.seed)
-        rollouts = self.rollouts(model.config.vocab_size)
+        model = build_model(
+            self.model, dtype=getattr(torch, self.dtype), seed=self.seed, device=self.device
+        )
+        rollouts = self.rollouts(model.config.vocab_size).to(self.device)
         if self.hidden_given:
             rollouts = replace(rollouts, hidden=hidden_states(model, rollouts))
         return model, rollouts
@@ -111,3 +114,12 @@ def _scenarios() -> dict[str, SignalScenario]:
 
 
 SIGNAL_SCENARIOS: dict[str, SignalScenario] = _scenarios()
+
+# On a GPU: whole models of a size that is trained, against the loop and the fastest rival.
+GPU_SIGNALS: dict[str, SignalScenario] = {
+    f"gpu-{one.method}": replace(
+        one, label=f"{one.method.upper()}, 1.5B", rivals=_SHORT_LIST[one.method], model="1.5b",
+        dtype="bfloat16", memory=False, device="cuda",
+    )
+    for one in (_GRAIL, replace(_G2RL, hidden_given=True), _VIGOR)
+}  # fmt: skip

@@ -7,16 +7,25 @@ and, but for chance, nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.flops import Sizes
+from bench.gpu_ceilings import synchronise
 from bench.workload import SPECIAL_IDS
 
-__all__ = ["Answer", "Rollouts", "SignalRival", "hidden_states", "make_rollouts"]
+__all__ = [
+    "Answer",
+    "Rollouts",
+    "SignalRival",
+    "hidden_states",
+    "make_rollouts",
+    "on_host",
+    "to_the_end",
+]
 
 # One tensor per completion, or None where a completion has no answer.
 Answer = list[Tensor | None]
@@ -34,6 +43,14 @@ class Rollouts:
     parameters: str = "all"  # whose gradient VIGOR measures
     # The LM head's inputs that predict each completion, G of [T_i, H], where they are given (G2RL).
     hidden: list[Tensor] = field(default_factory=list)
+
+    def to(self, device: str | torch.device) -> Rollouts:
+        return replace(
+            self,
+            prompt=self.prompt.to(device),
+            completions=[completion.to(device) for completion in self.completions],
+            hidden=[states.to(device) for states in self.hidden],
+        )
 
     def sequence(self, i: int) -> Tensor:
         """The ids of prompt and completion, [P + T_i]."""
@@ -56,6 +73,22 @@ class Rollouts:
             "temperature": self.temperature,
             "hidden_states_given": bool(self.hidden),
         }
+
+
+def on_host(answer: Answer) -> Answer:
+    return [None if x is None else x.cpu() for x in answer]
+
+
+def to_the_end(
+    run: Callable[[PreTrainedModel, Rollouts], Answer], model: PreTrainedModel, rollouts: Rollouts
+) -> Callable[[], None]:
+    """A call that returns when the model's device has done its work."""
+
+    def call() -> None:
+        run(model, rollouts)
+        synchronise(model.device)
+
+    return call
 
 
 @dataclass(frozen=True)

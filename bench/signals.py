@@ -32,7 +32,7 @@ from bench.signal_flops import REQUIRED
 from bench.signal_memory import extra_memory
 from bench.signal_scenarios import LOOPS, RIVALS_OF, SIGNAL_SCENARIOS, SignalScenario
 from bench.signal_tables import signal_table
-from bench.signal_workload import Rollouts
+from bench.signal_workload import Rollouts, on_host, to_the_end
 
 __all__ = ["compare_signal", "required"]
 
@@ -55,21 +55,23 @@ def compare_signal(
     effort: Effort | None = None,
     log: Callable[[str], None] = lambda line: None,
     name: str | None = None,
+    gflops: float | None = None,
 ) -> dict[str, Any]:
     """Gate and time the rivals of a scenario; the result holds every repetition.
 
     Without an effort answers are compared and nothing is timed. A rival that cannot run here
     becomes an entry of `unavailable` with its reason. `name`: of the scenario, by which a process
-    of its own finds it again to measure memory.
+    of its own finds it again to measure memory. `gflops`: the matrix rate of the GPU, where the
+    scenario is for one; a CPU's peak is measured here.
     """
     known, loop = RIVALS_OF[scenario.method], LOOPS[scenario.method]
     model, rollouts = scenario.build()
     names = [one for one in known if one in set(rivals or scenario.rivals)]
-    reference = answer_of_loop = known[loop].run(model, rollouts)
+    reference = answer_of_loop = on_host(known[loop].run(model, rollouts))
     same_dtype_loop = None
     if model.dtype != torch.float32:
         same_dtype_loop = reference
-        reference = known[loop].run(copy.deepcopy(model).float(), rollouts)
+        reference = on_host(known[loop].run(copy.deepcopy(model).float(), rollouts))
     log("reference ready")
 
     terms = required(model, scenario.method, rollouts)
@@ -80,7 +82,7 @@ def compare_signal(
     for one in names:
         rival = known[one]
         try:
-            got = answer_of_loop if one == loop else rival.run(model, rollouts)
+            got = answer_of_loop if one == loop else on_host(rival.run(model, rollouts))
             errors = gate_tensors(reference, got, same_dtype_loop)
         except Unavailable as error:
             unavailable[one] = str(error)
@@ -100,11 +102,13 @@ def compare_signal(
         log(f"{one}: answers agree, {errors['max_relative_error']:.1e}")
 
     threads = torch.get_num_threads()
-    peaks: dict[str, Any] = {}
+    peaks: dict[str, Any] = {scenario.dtype: {"best_gflops": gflops}} if gflops else {}
     memory: dict[str, Any] = {}
     if effort is not None:
-        peaks = peak(threads)
-        runs = {one: partial(known[one].run, model, rollouts) for one in measured}
+        on_cpu = model.device.type == "cpu"
+        if on_cpu:
+            peaks = peak(threads)
+        runs = {one: to_the_end(known[one].run, model, rollouts) for one in measured}
         slow = {one for one in measured if known[one].slow}
         repeat(
             runs,
@@ -112,9 +116,10 @@ def compare_signal(
             ONCE if scenario.once else effort,
             slow,
             log,
-            partial(rate, threads, scenario.dtype),
+            partial(rate, threads, scenario.dtype) if on_cpu else None,
         )
-        peaks = higher(peaks, peak(threads))
+        if on_cpu:
+            peaks = higher(peaks, peak(threads))
         if scenario.memory and name is not None:
             chosen = [one for one in ("ours", loop) if one in measured]
             memory = {one: extra_memory(name, one, threads) for one in chosen}

@@ -13,7 +13,17 @@ import pytest
 import torch
 from native_calls import COMPILER
 
-from bench import flash, gpu, gpu_attention, gpu_bench, gpu_rows, gpu_scenarios, gpu_small, tables
+from bench import (
+    flash,
+    gpu,
+    gpu_attention,
+    gpu_bench,
+    gpu_rows,
+    gpu_scenarios,
+    gpu_small,
+    signals,
+    tables,
+)
 from bench.gate import GateError
 from bench.rivals import RIVALS
 from bench.scenarios import GPU_CORE, GPU_SCENARIOS
@@ -138,6 +148,46 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
         "bad: triton: errors",
     ]
     assert "PROBLEM: bad: triton: errors" in gpu_bench.report(again.content)
+
+
+def test_signals_and_a_training_step_are_gated_and_timed_and_printed(tmp_path):
+    options = gpu_bench.argparse.Namespace(
+        save=str(tmp_path / "gpu.json"), rehearse=True, device="cpu", minutes=1.0, only=None
+    )
+    run = gpu_bench._Run(options)
+    run._signals(gflops=100.0)
+    assert run.content["problems"] == []
+    assert list(run.content["signals"]) == ["gpu-grail", "gpu-g2rl", "gpu-vigor"]
+    for result in run.content["signals"].values():
+        for entry in result["rivals"].values():
+            assert len(entry["seconds"]) == 2 and entry["times_ours"] > 0
+            assert 0 < entry["share_of_peak"] < 1
+    steps = run.content["steps"]["gpu-grpo-step"]
+    assert all(one["added_seconds"]["ours"] > 0 for one in steps.values())
+    text = gpu_bench.report(json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8")))
+    assert "gpu-vigor: G=2" in text and "vigor: step " in text
+
+
+def test_signals_with_wrong_answers_are_a_problem_and_not_timed(tmp_path, monkeypatch):
+    options = gpu_bench.argparse.Namespace(
+        save=str(tmp_path / "gpu.json"),
+        rehearse=True,
+        device="cpu",
+        minutes=1.0,
+        only="signals gpu-v",
+    )
+
+    def wrong(model, rollouts):
+        return [x * 1.5 for x in right(model, rollouts)]
+
+    ours = signals.RIVALS_OF["vigor"]["ours"]
+    right = ours.run
+    monkeypatch.setitem(signals.RIVALS_OF["vigor"], "ours", replace(ours, run=wrong))
+    run = gpu_bench._Run(options)
+    run._signals(gflops=None)
+    (problem,) = run.content["problems"]
+    assert "GateError: ours: answer 0" in problem
+    assert "GateError" in gpu_bench.report(run.content)
 
 
 def runner(tmp_path):
