@@ -105,8 +105,8 @@ def compare_signal(
     peaks: dict[str, Any] = {scenario.dtype: {"best_gflops": gflops}} if gflops else {}
     memory: dict[str, Any] = {}
     if effort is not None:
-        on_cpu = model.device.type == "cpu"
-        if on_cpu:
+        of_cpu = gflops is None and model.device.type == "cpu"
+        if of_cpu:
             peaks = peak(threads)
         runs = {one: to_the_end(known[one].run, model, rollouts) for one in measured}
         slow = {one for one in measured if known[one].slow}
@@ -116,9 +116,9 @@ def compare_signal(
             ONCE if scenario.once else effort,
             slow,
             log,
-            partial(rate, threads, scenario.dtype) if on_cpu else None,
+            partial(rate, threads, scenario.dtype) if of_cpu else None,
         )
-        if on_cpu:
+        if of_cpu:
             peaks = higher(peaks, peak(threads))
         if scenario.memory and name is not None:
             chosen = [one for one in ("ours", loop) if one in measured]
