@@ -65,8 +65,8 @@ def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
     if op.endswith("forward"):
         options |= {"biases": True, "keep": "all"}
     found["many-rows"] = (MIDDLE, MANY_ROWS, options)
-    found["deep-sums"] = (Sizes(528, 2, 1, 16, 1104), 13, {})
-    found["many-heads"] = (Sizes(16, 40, 5, 16, 1072), 7, {})
+    found["deep-sums"] = (Sizes(1040, 2, 1, 16, 1104), 13, {})
+    found["many-heads"] = (Sizes(16, 72, 9, 16, 1072), 7, {})
     if op.startswith("qkv"):
         for i, (name, sizes) in enumerate(SIZES.items()):
             found[f"qk-norm-{name}"] = (sizes, 9 + i, {"norms": True})
@@ -173,7 +173,7 @@ def _attention_integers() -> list[Case]:
 def _products() -> list[Case]:
     shapes = [(0, 16, 5), (1, 16, 1), (2, 48, 7), (5, 80, 64), (6, 112, 65), (13, 208, 97)]
     shapes += [(33, 64, 130), (67, 16, 33), (7, 256, 191), (300, 32, 16)]
-    shapes += [(9, 528, 1030), (MANY_ROWS, 16, 17), (5, 1104, 33)]
+    shapes += [(9, 1040, 1030), (MANY_ROWS, 16, 17), (5, 1104, 33)]
     cases = []
     for make, integers in ((arguments.linear, False), (arguments.linear_integers, True)):
         for bias in (False, True):

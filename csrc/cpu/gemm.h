@@ -6,7 +6,7 @@
 namespace g2r::G2R_NS {
 
 // Depth of one step of a product: a slice and six rows stay in the nearest caches.
-constexpr i64 kDepth = 512;
+constexpr i64 kDepth = 1024;
 // Rows that one task takes through a slice: many, for what packing it costs. They are more than the
 // second-level cache holds, and come from behind it one tile ahead of their use.
 constexpr i64 kTaskRows = 1008;
@@ -16,13 +16,11 @@ constexpr i64 kFewestTaskRows = 126;
 // The fewest rows that one thread takes through all the products of a stage by itself.
 constexpr i64 kFewestOwnRows = 252;
 
-// Rows to be multiplied, slice by slice: number k of a row is
-// data[k / depth * slice + row * ld + k % depth].
+// Rows to be multiplied: number k of a row is data[row * ld + k].
 template <class T>
 struct Rows {
     const T* data;
     i64 ld;
-    i64 depth = kDepth, slice = kDepth;  // row-major
 };
 
 // task(panel, row, rows) for pieces that together are all rows and panels.
@@ -44,10 +42,10 @@ void each_piece(i64 rows, i64 panels, const Task& task) {
 template <class T, class Weight, class Use>
 void each_slice(const Rows<T>& a, i64 row, const Weight& weight, i64 panel, const Use& use) {
     const Array<T> slice(kDepth * kPanel);
-    for (i64 k = 0; k < weight.depth(); k += a.depth) {
-        const i64 depth = smaller(a.depth, weight.depth() - k);
+    for (i64 k = 0; k < weight.depth(); k += kDepth) {
+        const i64 depth = smaller(kDepth, weight.depth() - k);
         weight.pack(slice, panel, k, depth);
-        use(k, depth, Operand<T>{a.data + k / a.depth * a.slice + row * a.ld, a.ld, Pair<T>::size},
+        use(k, depth, Operand<T>{a.data + row * a.ld + k, a.ld, Pair<T>::size},
             Panel<T>{slice, kPanel * Pair<T>::size});
     }
 }

@@ -84,6 +84,10 @@ struct AddWhole : Store {
     }
 };
 
+// Terms that are added one behind the other, before their sum is added to others: rounding grows
+// with their number.
+constexpr i64 kTerms = 512;
+
 // A product of [rows][kPanel], of the first slice or added to what those before it gave.
 template <class T>
 void add_slice(Operand<T> a, i64 rows, Panel<T> b, i64 vectors, i64 depth, float* c, bool first) {
@@ -96,9 +100,9 @@ void add_slice(Operand<T> a, i64 rows, Panel<T> b, i64 vectors, i64 depth, float
 // c[r][kPanel] = x[row + r] . x[column + c], all of lane entries.
 template <class T>
 void gram_panel(const Entries<T>& x, i64 row, i64 rows, i64 column, i64 columns, float* c) {
-    const Array<T> slice(kDepth * kPanel);
-    for (i64 k = 0; k < x.width; k += kDepth) {
-        const i64 depth = smaller(kDepth, x.width - k);
+    const Array<T> slice(kTerms * kPanel);
+    for (i64 k = 0; k < x.width; k += kTerms) {
+        const i64 depth = smaller(kTerms, x.width - k);
         pack_transposed<T, T>(slice, depth, nullptr,
                               [&](i64 j) { return j < columns ? x.row(column + j) + k : nullptr; });
         const Panel<T> right{slice, kPanel * Pair<T>::size};
@@ -186,10 +190,10 @@ double gradient_task(const Entries<T>& a, const Entries<T>& b, const NormTask& t
     const i64 columns = smaller<i64>(kPanel, b.width - column);
     const Array<float> sums(task.rows * kPanel);
     constexpr i64 widest = kFeatures > kPanel ? kFeatures : kPanel;
-    const Array<T> right(kDepth * kPanel), left(kDepth * kFeatures), zeros(widest);
+    const Array<T> right(kTerms * kPanel), left(kTerms * kFeatures), zeros(widest);
     std::memset(static_cast<T*>(zeros), 0, size_t(widest) * sizeof(T));
-    for (i64 k = 0; k < task.entries; k += kDepth) {
-        const i64 depth = smaller(kDepth, task.entries - k);
+    for (i64 k = 0; k < task.entries; k += kTerms) {
+        const i64 depth = smaller(kTerms, task.entries - k);
         pack_entries<T>(b, task.first + k, depth, column, columns, kPanel, zeros, right);
         for (i64 row = 0; row < task.rows; row += kFeatures) {
             const i64 here = smaller(kFeatures, task.rows - row);

@@ -189,9 +189,9 @@ void qkv_forward_as(const QkvForward& in) {
     });
 }
 
-// Gate and up columns that go through the products together, so that what lies between two
-// products stays in the caches however wide the layer is.
-constexpr i64 kStripe = kDepth;
+// Features of gate and of up that go through the products together: few, so that what lies between
+// two products stays in the caches however wide the layer is, and both together are one slice.
+constexpr i64 kStripe = kDepth / 2;
 
 // An epilogue of products with gates beside the same ups, in panels of half and half: act(gate) *
 // up and what is kept of it.
@@ -297,23 +297,23 @@ struct GateUpGrads {
     const MlpBackward& in;
     i64 start, rows;    // of the chunk
     i64 first, stripe;  // features of the stripe
-    T* out;             // [2][rows][kStripe]
+    T* out;             // [rows][2 * kStripe], the stripe of gate, then of up
 
     template <int N>
     G2R_INLINE void expect(i64 row, i64 column) const {
         const i64 at = in.saved[start + smaller(row, rows - 1)] * in.width + first + column;
         ask_for<N, false>(static_cast<const S*>(in.d_gate) + at);
         ask_for<N, false>(static_cast<const S*>(in.d_up) + at);
-        ask_for<N, true>(out + row * kStripe + column);
-        ask_for<N, true>(out + (rows + row) * kStripe + column);
+        ask_for<N, true>(out + row * 2 * kStripe + column);
+        ask_for<N, true>(out + row * 2 * kStripe + stripe + column);
     }
     template <int N>
     G2R_INLINE void operator()(i64 row, i64 column, const vf (&values)[N]) const {
         const i64 from = in.saved[start + row] * in.width + first + column;
         const S* const d_gate = static_cast<const S*>(in.d_gate) + from;
         const S* const d_up = static_cast<const S*>(in.d_up) + from;
-        T* const gate_out = out + row * kStripe + column;
-        T* const up_out = gate_out + rows * kStripe;
+        T* const gate_out = out + row * 2 * kStripe + column;
+        T* const up_out = gate_out + stripe;
         S* shown = static_cast<S*>(in.gate_up);
         if (shown != nullptr) shown += (start + row) * 2 * in.width + first + column;
         const i64 width = in.width;
@@ -337,7 +337,7 @@ void mlp_backward_as(const MlpBackward& in) {
     const S* post_norm = static_cast<const S*>(in.post_norm);
     each_chunk(in.rows, [&](i64 start, i64 rows) {
         const Operands<float, T> grads(rows, hidden);
-        const Array<T> back(2 * rows * kStripe);  // of a stripe of gate, then of up
+        const Array<T> back(rows * 2 * kStripe);
         const Array<float> dh(rows * hidden);
         float* dx = in.dx + start * hidden;
         const int32_t* saved = in.saved + start;
@@ -349,7 +349,7 @@ void mlp_backward_as(const MlpBackward& in) {
             const Plain<T, S> gate_up{
                 stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
                 shown ? nullptr : post_norm};
-            multiply_into<T>({back, kStripe, stripe, rows * kStripe}, rows, gate_up, dh, first > 0);
+            multiply_into<T>({back, 2 * kStripe}, rows, gate_up, dh, first > 0);
         }
         each_row(rows, [&](i64 r) {
             float* g = dh + r * hidden;

@@ -86,12 +86,12 @@ void test_dense(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Si
     test_linear_backward(kernels, dtype, rows, s.hidden, draw(1, 150));
 }
 
-// Beyond what a product takes at once of a sum (512) and a stage of its width (1024), and segments
+// Beyond what a product takes at once of a sum (1024) and a stage of its width (512), and segments
 // of several tiles of queries and of keys.
 void test_large(const g2r::Kernels& kernels, Dtype dtype) {
-    const Sizes wide{528, 2, 1, 16, 1104};
+    const Sizes wide{1040, 2, 1, 16, 1104};
     test_dense(kernels, dtype, 13, wide, 5, true, true, true);
-    const Sizes heads{16, 40, 5, 16, 32};  // wider together than a sum
+    const Sizes heads{16, 72, 9, 16, 32};  // wider together than a sum
     test_qkv_backward(kernels, dtype, 7, heads, true, true, true, 4, true);
     test_mlp_forward(kernels, dtype, 7, heads, 0, 4, true);
     test_linear(kernels, dtype, 7, wide.hidden, wide.width);
