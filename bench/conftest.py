@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import allocator
 from bench.facts import facts, save
 from bench.grpo_step import lines
 from bench.harness import Effort
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full_size: minutes long; left out by --quick")
     torch.set_num_threads(config.getoption("--threads"))
+    if not config.getoption("--quick"):
+        allocator.set_up()
     config.stash[_results] = {}
 
 

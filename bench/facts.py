@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import g2r_fast
+from bench import allocator
 
 __all__ = ["RESULTS", "facts", "save"]
 
@@ -33,6 +34,7 @@ def facts() -> dict[str, Any]:
         },
         "native_kernels": native_kernels(),
         "preloaded": os.environ.get("LD_PRELOAD", ""),
+        "allocator": allocator.in_use(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,

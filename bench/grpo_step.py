@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench import allocator
 from bench.facts import facts, save
 from bench.flops import Sizes
 from bench.gate import GateError, gate_tensors
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write bench/results/grpo-step-….json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    allocator.set_up()
     methods = arguments.signals.split(",")
     if unknown := set(methods) - set(PUBLIC):
         parser.error(f"unknown signals {sorted(unknown)}; known: {', '.join(PUBLIC)}")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench import allocator
 from bench.facts import facts, save
 from bench.flops import Sizes, judgements_of, required_flops
 from bench.gate import GateError, gate
@@ -110,9 +111,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--slow-repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--allocator", choices=allocator.ALLOCATORS, default="kept")
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    allocator.set_up(arguments.allocator)
     names = arguments.rivals.split(",") if arguments.rivals else None
     if unknown := set(names or ()) - set(RIVALS):
         parser.error(f"unknown rivals {sorted(unknown)}; known: {', '.join(RIVALS)}")

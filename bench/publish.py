@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import grpo_step
+from bench import allocator, grpo_step
 from bench.estimates import STEPS, efforts, estimate
 from bench.facts import facts, native_kernels, save
 from bench.gate import GateError
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--slow-repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--allocator", choices=allocator.ALLOCATORS, default="kept")
     parser.add_argument("--load", type=float, default=1.5, help="wait while the load is higher")
     parser.add_argument("--estimate", action="store_true", help="say how long it takes, and end")
     parser.add_argument("--tables", action="store_true", help="only rewrite the documents' tables")
@@ -107,6 +108,7 @@ def main() -> None:
     if arguments.estimate:
         return
     torch.set_num_threads(arguments.threads)
+    allocator.set_up(arguments.allocator)
     print(f"native kernels: {native_kernels()}", file=sys.stderr, flush=True)
     _wait_for_quiet(arguments.load)
     refused = []

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bench import allocator
 from bench.facts import facts, save
 from bench.flops import Sizes
 from bench.gate import GateError, gate_tensors
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    allocator.set_up()
     scenario = SIGNAL_SCENARIOS[arguments.scenario]
     rivals = arguments.rivals.split(",") if arguments.rivals else None
     if unknown := set(rivals or ()) - set(RIVALS_OF[scenario.method]):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from bench import allocator
 from bench.convergence import SETTINGS
 from bench.facts import facts, save
 from bench.gate import FLOAT32_LIMIT, GateError, relative_errors, tensor_error
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/training-cost.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    allocator.set_up()
     os.chdir(ROOT)  # the settings' paths are relative to it
     about = facts()
     step = Step(config_of(read_yaml(SETTINGS)))
