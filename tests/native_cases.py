@@ -49,6 +49,8 @@ SMALL, MIDDLE, WIDE = SIZES["d16"], SIZES["d32-group2"], SIZES["d16-group4"]
 ROWS = (0, 1, 2, 5, 6, 7, 13, 33, 67)
 # So many that each of three threads takes chunks of its own through a whole stage.
 MANY_ROWS = 1100
+# So many that a stage packs its weights once for all chunks.
+MOST_ROWS = 3030
 
 
 def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
@@ -66,6 +68,8 @@ def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
         options |= {"biases": True, "keep": "all"}
     found["many-rows"] = (MIDDLE, MANY_ROWS, options)
     found["deep-sums"] = (Sizes(1040, 2, 1, 16, 1104), 13, {})
+    found["packed-ahead"] = (Sizes(48, 2, 1, 16, 1104), MOST_ROWS, {})
+    found["packed-ahead-deep"] = (Sizes(1040, 2, 1, 16, 48), MOST_ROWS, {})
     found["many-heads"] = (Sizes(16, 72, 9, 16, 1072), 7, {})
     if op.startswith("qkv"):
         for i, (name, sizes) in enumerate(SIZES.items()):
@@ -94,7 +98,11 @@ def _situations(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:
 
 # Ops with outputs that only a reader of linear layers asks for.
 SHOWN = ("mlp_forward", "mlp_backward", "qkv_backward")
-_NOT_AGAIN = {"chunks", *(f"rows{rows}" for rows in ROWS if rows not in (0, 1, 6, 67))}
+_NOT_AGAIN = {
+    "chunks",
+    "packed-ahead-deep",
+    *(f"rows{rows}" for rows in ROWS if rows not in (0, 1, 6, 67)),
+}
 
 
 def _with_shown(op: str) -> dict[str, tuple[Sizes, int, dict[str, Any]]]:

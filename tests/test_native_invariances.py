@@ -69,7 +69,7 @@ def test_runs_and_threads_change_no_bit(
 
 
 # The other ops have no stages through which a thread could take rows of its own.
-MANY = [case for case in CASES if case.name.startswith(("many-rows", f"{MANY_ROWS}x"))]
+MANY = [c for c in CASES if c.name.startswith(("many-rows", f"{MANY_ROWS}x", "packed-ahead"))]
 
 
 @pytest.mark.parametrize("case", MANY, ids=lambda case: f"{case}{'-integers' * case.integers}")

@@ -34,9 +34,14 @@ inline void soft_cap(float* row, i64 count, float cap, float* slope) {
 // exp(scores - their largest) as operands; returns the largest, and their sum before rounding.
 template <class T>
 G2R_INLINE void exponentiate(const float* scores, T* out, i64 width, float& most, float& total) {
-    vf high = load(scores);
-    for (i64 k = kWidth; k < width; k += kWidth) high = maximum(load(scores + k), high);
-    most = largest(high);
+    vf highs[4];  // in four chains
+    for (int n = 0; n < 4; n++) highs[n] = load(scores);
+    i64 at = 0;
+    for (; at + 4 * kWidth <= width; at += 4 * kWidth)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) highs[n] = maximum(load(scores + at + n * kWidth), highs[n]);
+    for (; at < width; at += kWidth) highs[0] = maximum(load(scores + at), highs[0]);
+    most = largest(maximum(maximum(highs[0], highs[1]), maximum(highs[2], highs[3])));
     const vf shift = splat(most);
     vf sums = {};
     for (i64 k = 0; k < width; k += kWidth) {

@@ -41,13 +41,47 @@ void each_piece(i64 rows, i64 panels, const Task& task) {
 // from `row` on.
 template <class T, class Weight, class Use>
 void each_slice(const Rows<T>& a, i64 row, const Weight& weight, i64 panel, const Use& use) {
-    const Array<T> slice(kDepth * kPanel);
+    const Array<T> own(weight.packed == nullptr ? kDepth * kPanel : 0);
     for (i64 k = 0; k < weight.depth(); k += kDepth) {
         const i64 depth = smaller(kDepth, weight.depth() - k);
-        weight.pack(slice, panel, k, depth);
+        const T* slice = own;
+        if (weight.packed == nullptr)
+            weight.pack(own, panel, k, depth);
+        else
+            slice = weight.packed + (panel * weight.depth() + k) * kPanel;
         use(k, depth, Operand<T>{a.data + row * a.ld + k, a.ld, Pair<T>::size},
             Panel<T>{slice, kPanel * Pair<T>::size});
     }
+}
+
+// How many numbers the packed slices of a weight are.
+inline i64 packed_size(i64 columns, i64 depth) { return round_up(columns, kPanel) * depth; }
+
+// Room for a stage's weights that are packed once for all its chunks of rows, instead of once for
+// each: where there are chunks enough, and the weights stay in the last-level cache.
+template <class T>
+class PackedAhead {
+ public:
+    PackedAhead(i64 rows, i64 size)
+        : memory_(rows > kManyRows && size * i64(sizeof(T)) <= kMostBytes ? size : 0) {}
+
+    // For `packed` of the weight whose slices begin at number `at`; null: no room.
+    T* from(i64 at) const { return memory_.size() > 0 ? memory_ + at : nullptr; }
+    // How many rows a chunk then takes: fewer, as each costs no packing.
+    i64 chunk_rows() const { return memory_.size() > 0 ? kTaskRows / 2 : kTaskRows; }
+
+ private:
+    static constexpr i64 kManyRows = 3 * kTaskRows, kMostBytes = i64(16) << 20;
+    Array<T> memory_;
+};
+
+// Packs a weight that has room for it.
+template <class Weight>
+void pack_ahead(const Weight& weight) {
+    if (weight.packed == nullptr) return;
+    parallel(ceil_div(weight.columns(), kPanel), [&](i64 panel) {
+        weight.pack(weight.packed + panel * kPanel * weight.depth(), panel, 0, weight.depth());
+    });
 }
 
 // A whole tile of the last slice: its numbers go from the registers to an epilogue.

@@ -33,7 +33,7 @@ void linear_forward_as(const LinearForward& in) {
     const i64 columns = in.linear.out, depth = in.linear.in;
     const Transposed<T, S> weight{stacked<S>(in.linear)};
     const S* bias = static_cast<const S*>(in.linear.bias);
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    each_chunk(in.rows, kTaskRows, [&](i64 start, i64 rows) {
         const Operands<S, T> operands(rows, depth);
         const S* x = static_cast<const S*>(in.x) + start * depth;
         multiply<T>({operands.of(x, rows), depth}, rows, weight,
@@ -46,7 +46,7 @@ template <class S>
 void linear_backward_of(const LinearBackward& in) {
     const i64 columns = in.linear.in, depth = in.linear.out;
     const Plain<float, S> weight{stacked<S>(in.linear)};
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    each_chunk(in.rows, kTaskRows, [&](i64 start, i64 rows) {
         const Rows<float> grad{in.grad + start * depth, depth};
         float* out = in.out + start * columns;
         if (depth == 0) std::memset(out, 0, size_t(rows * columns) * sizeof(float));

@@ -2,8 +2,8 @@
 //
 //   [depth / pair][kPanel][pair], columns past the end zeros
 //
-// A slice is packed by the task that uses it, into its own cache, and never lies in memory: for
-// many rows that costs next to nothing, and for few rows a weight is still read only once.
+// A slice is packed by the task that uses it, into its own cache, and never lies in memory: for few
+// rows a weight is still read only once. For very many rows see PackedAhead in gemm.h.
 #pragma once
 
 #include "tile.h"
@@ -134,6 +134,7 @@ struct Transposed {
     const S* scale = nullptr;
     i64 interleaved = 0;                    // not 0: see row()
     i64 skipped = 0, taken = weight.width;  // of the depth
+    T* packed = nullptr;                    // see PackedAhead
 
     i64 columns() const {
         return interleaved == 0 ? weight.height : 2 * round_up(interleaved, kPanel / 2);
@@ -168,6 +169,7 @@ struct Plain {
     Stack<S> weight;
     const S* scale = nullptr;
     i64 skipped = 0, taken = weight.width;  // of the columns
+    T* packed = nullptr;                    // see PackedAhead
 
     i64 columns() const { return taken; }
     i64 depth() const { return weight.height; }

@@ -8,15 +8,16 @@
 
 namespace g2r::G2R_NS {
 
-// body(start, rows) for chunks of rows, whose intermediate values are alive together. Where there
-// are rows enough, every thread takes chunks of its own through all the products of a stage, and
-// waits for the others once; else the threads share the products of one chunk after the other.
+// body(start, rows) for chunks of at most `most` rows, whose intermediate values are alive
+// together. Where there are rows enough, every thread takes chunks of its own through all the
+// products of a stage, and waits for the others once; else the threads share the products of one
+// chunk after the other.
 template <class Body>
-void each_chunk(i64 rows, const Body& body) {
+void each_chunk(i64 rows, i64 most, const Body& body) {
     const i64 threads = pool().threads();
     if (threads > 1 && rows >= threads * kFewestOwnRows) {
         const i64 tiles = ceil_div(rows, kRows);
-        const i64 chunks = round_up(ceil_div(rows, kTaskRows), threads);
+        const i64 chunks = round_up(ceil_div(rows, most), threads);
         parallel(chunks, [&](i64 index) {
             const Alone alone;
             const i64 start = index * tiles / chunks * kRows;
@@ -25,7 +26,7 @@ void each_chunk(i64 rows, const Body& body) {
         });
         return;
     }
-    const i64 chunk = kTaskRows * ceil_div(threads, 16);
+    const i64 chunk = most * ceil_div(threads, 16);
     for (i64 start = 0; start < rows; start += chunk) body(start, smaller(chunk, rows - start));
 }
 
@@ -159,16 +160,18 @@ G2R_INLINE void finish_heads(const HeadsForward& in, float* projected, i64 row, 
 template <class S, class T>
 void qkv_forward_as(const QkvForward& in) {
     const i64 hidden = in.hidden, dim = in.head_dim, half = dim / 2;
-    const Transposed<T, S> weight{stacked<S>(in.q, in.k, in.v),
-                                  static_cast<const S*>(in.input_norm)};
+    Transposed<T, S> weight{stacked<S>(in.q, in.k, in.v), static_cast<const S*>(in.input_norm)};
     const i64 width = weight.columns();
+    const PackedAhead<T> ahead(in.rows, packed_size(width, hidden));
+    weight.packed = ahead.from(0);
+    pack_ahead(weight);
     const i64 q_width = in.q.weight == nullptr ? 0 : in.q.out;
     const i64 k_width = in.k.weight == nullptr ? 0 : in.k.out;
     const HeadsForward q{in.heads,  dim,      in.q.bias, in.q_norm,
                          in.q_kept, in.q_out, in.eps,    in.scaling};
     const HeadsForward k{in.kv_heads, dim, in.k.bias, in.k_norm, in.k_kept, in.k_out, in.eps, 1.0f};
     const HeadsForward v{in.kv_heads, dim, in.v.bias, nullptr, {}, in.v_out, in.eps, 1.0f};
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    each_chunk(in.rows, ahead.chunk_rows(), [&](i64 start, i64 rows) {
         const Array<T> normed(rows * hidden);
         const Array<float> projected(rows * width);
         each_row(rows, [&](i64 r) {
@@ -192,6 +195,13 @@ void qkv_forward_as(const QkvForward& in) {
 // Features of gate and of up that go through the products together: few, so that what lies between
 // two products stays in the caches however wide the layer is, and both together are one slice.
 constexpr i64 kStripe = kDepth / 2;
+
+// body(first, count) for the stripes of `width` features.
+template <class Body>
+void each_stripe(i64 width, const Body& body) {
+    for (i64 first = 0; first < width; first += kStripe)
+        body(first, smaller(kStripe, width - first));
+}
 
 // An epilogue of products with gates beside the same ups, in panels of half and half: act(gate) *
 // up and what is kept of it.
@@ -248,13 +258,41 @@ template <class S, class T>
 void mlp_forward_as(const MlpForward& in) {
     const i64 hidden = in.hidden;
     const S* post_norm = static_cast<const S*>(in.post_norm);
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    // Packed one after the other: the output projection, gate and up by stripes, down by stripes.
+    const i64 gate_up_at = packed_size(hidden, in.attended_width);
+    const i64 down_at = gate_up_at + packed_size(2 * round_up(in.width, kPanel / 2), hidden);
+    const PackedAhead<T> ahead(in.rows, down_at + packed_size(hidden, in.width));
+    const auto gate_up_of = [&](i64 first, i64 stripe) {
+        return Transposed<T, S>{
+            stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
+            post_norm,
+            stripe,
+            0,
+            hidden,
+            ahead.from(gate_up_at + packed_size(2 * first, hidden))};
+    };
+    const auto down_of = [&](i64 first, i64 stripe) {
+        return Transposed<T, S>{stacked<S>(in.down),
+                                nullptr,
+                                0,
+                                first,
+                                stripe,
+                                ahead.from(down_at + packed_size(hidden, first))};
+    };
+    Transposed<T, S> o{stacked<S>(in.o)};
+    o.packed = ahead.from(0);
+    pack_ahead(o);
+    each_stripe(in.width, [&](i64 first, i64 stripe) {
+        pack_ahead(gate_up_of(first, stripe));
+        pack_ahead(down_of(first, stripe));
+    });
+    each_chunk(in.rows, ahead.chunk_rows(), [&](i64 start, i64 rows) {
         const Operands<S, T> attended(rows, in.attended_width);
         const Array<T> normed(rows * hidden), activated(rows * kStripe);
         float* x = in.x + start * hidden;
         const S* mixed = static_cast<const S*>(in.attended) + start * in.attended_width;
-        multiply<T>({attended.of(mixed, rows), in.attended_width}, rows,
-                    Transposed<T, S>{stacked<S>(in.o)}, add_into<S>(x, hidden, in.o.bias));
+        multiply<T>({attended.of(mixed, rows), in.attended_width}, rows, o,
+                    add_into<S>(x, hidden, in.o.bias));
         each_row(rows, [&](i64 r) {
             float* at = x + r * hidden;
             norm_forward<S>(at, hidden, in.eps, in.norm, in.keep[start + r], normed + r * hidden);
@@ -262,19 +300,14 @@ void mlp_forward_as(const MlpForward& in) {
                 for (i64 h = 0; h < hidden; h += kWidth)
                     store(at + h, load(at + h) + bias_at<S>(in.down.bias, h));
         });
-        for (i64 first = 0; first < in.width; first += kStripe) {
-            const i64 stripe = smaller(kStripe, in.width - first);
-            const Transposed<T, S> gate_up{
-                stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
-                post_norm, stripe};
+        each_stripe(in.width, [&](i64 first, i64 stripe) {
             by_activation(in.activation, [&](auto activation) {
                 using Epilogue = Activate<decltype(activation)::value, S, T>;
-                multiply<T>({normed, hidden}, rows, gate_up,
+                multiply<T>({normed, hidden}, rows, gate_up_of(first, stripe),
                             Epilogue{in, start, rows, first, stripe, activated});
             });
-            const Transposed<T, S> down{stacked<S>(in.down), nullptr, 0, first, stripe};
-            multiply_into<T>({activated, kStripe}, rows, down, x, true);
-        }
+            multiply_into<T>({activated, kStripe}, rows, down_of(first, stripe), x, true);
+        });
     });
 }
 
@@ -335,22 +368,39 @@ void mlp_backward_as(const MlpBackward& in) {
     const i64 hidden = in.hidden;
     const bool shown = in.gate_up != nullptr;
     const S* post_norm = static_cast<const S*>(in.post_norm);
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    // Packed one after the other: the output projection, down by stripes, gate and up by stripes.
+    const i64 down_at = packed_size(in.attended_width, hidden);
+    const i64 gate_up_at = down_at + packed_size(in.width, hidden);
+    const PackedAhead<T> ahead(in.rows, gate_up_at + packed_size(hidden, 2 * in.width));
+    const auto down_of = [&](i64 first, i64 stripe) {
+        return Plain<T, S>{stacked<S>(in.down), nullptr, first, stripe,
+                           ahead.from(down_at + packed_size(first, hidden))};
+    };
+    const auto gate_up_of = [&](i64 first, i64 stripe) {
+        return Plain<T, S>{
+            stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
+            shown ? nullptr : post_norm, 0, hidden,
+            ahead.from(gate_up_at + packed_size(hidden, 2 * first))};
+    };
+    Plain<T, S> o{stacked<S>(in.o)};
+    o.packed = ahead.from(0);
+    pack_ahead(o);
+    each_stripe(in.width, [&](i64 first, i64 stripe) {
+        pack_ahead(down_of(first, stripe));
+        pack_ahead(gate_up_of(first, stripe));
+    });
+    each_chunk(in.rows, ahead.chunk_rows(), [&](i64 start, i64 rows) {
         const Operands<float, T> grads(rows, hidden);
         const Array<T> back(rows * 2 * kStripe);
         const Array<float> dh(rows * hidden);
         float* dx = in.dx + start * hidden;
         const int32_t* saved = in.saved + start;
         const Rows<T> grad{grads.of(dx, rows), hidden};
-        for (i64 first = 0; first < in.width; first += kStripe) {
-            const i64 stripe = smaller(kStripe, in.width - first);
-            const Plain<T, S> down{stacked<S>(in.down), nullptr, first, stripe};
-            multiply(grad, rows, down, GateUpGrads<S, T>{in, start, rows, first, stripe, back});
-            const Plain<T, S> gate_up{
-                stacked<S>(outputs<S>(in.gate, first, stripe), outputs<S>(in.up, first, stripe)),
-                shown ? nullptr : post_norm};
-            multiply_into<T>({back, 2 * kStripe}, rows, gate_up, dh, first > 0);
-        }
+        each_stripe(in.width, [&](i64 first, i64 stripe) {
+            multiply(grad, rows, down_of(first, stripe),
+                     GateUpGrads<S, T>{in, start, rows, first, stripe, back});
+            multiply_into<T>({back, 2 * kStripe}, rows, gate_up_of(first, stripe), dh, first > 0);
+        });
         each_row(rows, [&](i64 r) {
             float* g = dh + r * hidden;
             if (shown)
@@ -359,8 +409,7 @@ void mlp_backward_as(const MlpBackward& in) {
             norm_backward<S>(g, hidden, in.normed, in.rstd, saved[r], dx + r * hidden);
         });
         S* out = static_cast<S*>(in.grad_attended) + start * in.attended_width;
-        multiply<T>({grads.of(dx, rows), hidden}, rows, Plain<T, S>{stacked<S>(in.o)},
-                    store_into(out, in.attended_width));
+        multiply<T>({grads.of(dx, rows), hidden}, rows, o, store_into(out, in.attended_width));
     });
 }
 
@@ -405,18 +454,20 @@ void qkv_backward_as(const QkvBackward& in) {
     const bool shown = in.norm_products != nullptr;
     const S* input_norm = static_cast<const S*>(in.input_norm);
     const Linear none;
-    const Plain<T, S> weight{
-        stacked<S>(in.dq != nullptr ? in.q : none, in.dk != nullptr ? in.k : none,
-                   in.dv != nullptr ? in.v : none),
-        shown ? nullptr : input_norm};
+    Plain<T, S> weight{stacked<S>(in.dq != nullptr ? in.q : none, in.dk != nullptr ? in.k : none,
+                                  in.dv != nullptr ? in.v : none),
+                       shown ? nullptr : input_norm};
     const i64 width = weight.depth();
     if (width == 0) {
         if (shown) std::memset(in.norm_products, 0, size_t(in.rows * hidden) * sizeof(float));
         return;
     }
+    const PackedAhead<T> ahead(in.rows, packed_size(hidden, width));
+    weight.packed = ahead.from(0);
+    pack_ahead(weight);
     const HeadsBackward q{in.heads, dim, in.q_norm, in.q_kept, in.scaling, in.q_norm_products};
     const HeadsBackward k{in.kv_heads, dim, in.k_norm, in.k_kept, 1.0f, in.k_norm_products};
-    each_chunk(in.rows, [&](i64 start, i64 rows) {
+    each_chunk(in.rows, ahead.chunk_rows(), [&](i64 start, i64 rows) {
         const Array<T> grads(rows * width);
         const Array<float> dh(rows * hidden);
         each_row(rows, [&](i64 r) {
