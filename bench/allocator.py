@@ -2,7 +2,7 @@
 
 glibc gives memory that was freed back to the system, and a virtual machine may give it back to its
 host. Who takes it again seconds later, as rivals do that run one after the other, waits for it to
-be found and cleared: here up to a third of a second for 350 MB. How much a rival has to take again
+be found and cleared. How much a rival has to take again
 is a matter of what the others left lying about, and not of the rival.
 """
 

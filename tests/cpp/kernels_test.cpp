@@ -94,6 +94,11 @@ void test_large(const g2r::Kernels& kernels, Dtype dtype) {
     const Sizes heads{16, 72, 9, 16, 32};  // wider together than a sum
     test_qkv_backward(kernels, dtype, 7, heads, true, true, true, 4, true);
     test_mlp_forward(kernels, dtype, 7, heads, 0, 4, true);
+    // So many rows that weights are packed once for all of them.
+    test_dense(kernels, dtype, 3030, {16, 1, 1, 16, 16}, 300, true, true, true);
+    const Sizes stripes{16, 1, 1, 16, 528};
+    test_mlp_forward(kernels, dtype, 3030, stripes, 0, 300, true);
+    test_mlp_backward(kernels, dtype, 3030, stripes, 300, false);
     test_linear(kernels, dtype, 7, wide.hidden, wide.width);
     test_linear_backward(kernels, dtype, 7, 16, wide.width);
     test_linear_backward(kernels, dtype, 3, 16, 0);
