@@ -2,8 +2,8 @@
 
 glibc gives memory that was freed back to the system, and a virtual machine may give it back to its
 host. Who takes it again seconds later, as rivals do that run one after the other, waits for it to
-be found and cleared. How much a rival has to take again
-is a matter of what the others left lying about, and not of the rival.
+be found and cleared. How much a rival has to take again is a matter of what the others left lying
+about, and not of the rival.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import platform
+from pathlib import Path
 
 __all__ = ["ALLOCATORS", "in_use", "set_up"]
 
@@ -19,6 +20,7 @@ ALLOCATORS = ("kept", "system")  # what a benchmark's --allocator knows
 MOST = 4 * 2**30
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 PAGE = 2 * 2**20
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 _in_use = "as the system has it"
 
@@ -62,6 +64,10 @@ def _keep_memory() -> str:
 
 
 def _free_memory() -> int:
-    with open("/proc/meminfo") as file:
-        found = dict(line.split(":") for line in file)
-    return 1024 * int(found["MemAvailable"].split()[0])
+    """Bytes, of the machine or, where that is less, all that a container may have."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    limits = [1024 * int(found["MemAvailable"].split()[0])]
+    for path in map(Path, CGROUP_LIMITS):
+        if path.is_file() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits)

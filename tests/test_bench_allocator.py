@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_kept_memory_is_not_taken_again() -> None:
     of_system, said = faults("system")
     assert said == "as the system has it"
     assert of_system > 10 * max(count, 1)
+
+
+def test_a_container_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(allocator, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
+    of_machine = allocator._free_memory()
+    assert of_machine > 2**28
+    limit.write_text("max\n")
+    assert allocator._free_memory() > 2**28
+    limit.write_text("1048576\n")
+    assert allocator._free_memory() == 2**20
 
 
 def test_a_name_that_is_none_is_refused() -> None:
