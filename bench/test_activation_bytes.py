@@ -136,7 +136,13 @@ def measure(name: str, dtype: str, rows: int, device: Device = "cpu") -> dict[st
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=[pytest.mark.full_size] if shape == "1.5b-layers" else [])
+        for name, (shape, *_) in CASES.items()
+    ],
+)
 def test_activation_bytes(case: str, results: Results, request: pytest.FixtureRequest) -> None:
     name, dtype, rows = CASES[case]
     if request.config.getoption("--quick"):
