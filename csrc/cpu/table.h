@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "linear.h"
+#include "mlp.h"
 #include "norms.h"
 #include "residuals.h"
 #include "scores.h"
