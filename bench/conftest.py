@@ -29,7 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full_size: minutes long; left out by --quick")
     torch.set_num_threads(config.getoption("--threads"))
     if not config.getoption("--quick"):
         allocator.set_up()
