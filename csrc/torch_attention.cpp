@@ -146,18 +146,18 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                       op.segment_count, op.positions, op.queries);
         check_order(checks, i, block.segment, i == 0 ? 0 : op.blocks[i - 1].segment);
     }
-    op.out = checks.out(out, "out", storage, {op.queries, op.heads, op.head_dim});
+    op.out = checks.out<float>(out, "out", kFloat, {op.queries, op.heads, op.head_dim});
     op.lse = checks.out<float>(lse, "lse", kFloat, {op.queries, op.heads});
     op.window = window;
     op.softcap = static_cast<float>(softcap);
     if (op.queries > 0 && op.block_count > 0) kernels_in_use().attention_forward(op);
 }
 
-void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-                        const Tensor& grad_out, const Tensor& segments, const Tensor& blocks,
-                        const Tensor& positions, const Tensor& block_lanes, const Tensor& runs,
-                        const Tensor& run_lanes, const Tensor& dq, const Tensor& dk,
-                        const Tensor& dv, int64_t window, double softcap) {
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        const Tensor& lse, const Tensor& grad_out, const Tensor& segments,
+                        const Tensor& blocks, const Tensor& positions, const Tensor& block_lanes,
+                        const Tensor& runs, const Tensor& run_lanes, const Tensor& dq,
+                        const Tensor& dk, const Tensor& dv, int64_t window, double softcap) {
     const Checks checks("attention_backward");
     const ScalarType storage = checks.storage(q, "q");
     const Heads heads = heads_of(checks, q, k);
@@ -175,6 +175,7 @@ void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const
     op.q = checks.in(q, "q", storage, {op.queries, op.heads, op.head_dim});
     op.k = checks.in(k, "k", storage, {op.rows, op.kv_heads, op.head_dim});
     op.v = checks.in(v, "v", storage, {op.rows, op.kv_heads, op.head_dim});
+    op.out = checks.in<float>(out, "out", kFloat, {op.queries, op.heads, op.head_dim});
     op.lse = checks.in<float>(lse, "lse", kFloat, {op.queries, op.heads});
     op.grad_out = checks.in(grad_out, "grad_out", storage, {op.query_rows, op.heads, op.head_dim});
     op.segments = checked_segments(checks, segments, op.rows, op.segment_count);

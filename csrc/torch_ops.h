@@ -53,11 +53,11 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const Tensor& blocks, const Tensor& positions, const Tensor& out,
                        const Tensor& lse, int64_t window, double softcap);
 
-void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-                        const Tensor& grad_out, const Tensor& segments, const Tensor& blocks,
-                        const Tensor& positions, const Tensor& block_lanes, const Tensor& runs,
-                        const Tensor& run_lanes, const Tensor& dq, const Tensor& dk,
-                        const Tensor& dv, int64_t window, double softcap);
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        const Tensor& lse, const Tensor& grad_out, const Tensor& segments,
+                        const Tensor& blocks, const Tensor& positions, const Tensor& block_lanes,
+                        const Tensor& runs, const Tensor& run_lanes, const Tensor& dq,
+                        const Tensor& dk, const Tensor& dv, int64_t window, double softcap);
 
 // Advice for fresh memory that will be written from end to end: in pages of 2 MiB the system hands
 // it out in a fraction of the time. Where it is not taken, nothing changes.

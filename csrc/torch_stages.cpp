@@ -141,7 +141,7 @@ void mlp_forward(const Tensor& x, const Tensor& attended, const Tensor& wo, cons
     checks.multiple("the number of rows of w_gate", op.width, 16);
     checks.multiple("the width of attended", op.attended_width, 16);
     op.x = checks.out<float>(x, "x", kFloat, {op.rows, op.hidden});
-    op.attended = checks.in(attended, "attended", storage, {op.rows, heads, head_dim});
+    op.attended = checks.in<float>(attended, "attended", kFloat, {op.rows, heads, head_dim});
     op.o = linear_of(checks, wo, "wo", bo, "bo", storage, op.hidden, op.attended_width);
     op.post_norm = checks.in(post_norm, "post_norm", storage, {op.hidden});
     op.gate = linear_of(checks, w_gate, "w_gate", b_gate, "b_gate", storage, op.width, op.hidden);

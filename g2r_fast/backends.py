@@ -87,10 +87,16 @@ class Backend:
         """Of the gradients that enter and leave attention, for weights of `dtype`."""
         return torch.promote_types(dtype, torch.float32) if self.name == "reference" else dtype
 
+    def attended_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of what attention gives, for weights of `dtype`: on a CPU its backward reads it, and
+        sums that cancel would feel its rounding."""
+        on_cpu = self.name == "native" and not self.on_gpu
+        return torch.promote_types(dtype, torch.float32) if on_cpu else dtype
+
     @property
     def keeps_attended(self) -> bool:
         """Whether the backward of attention reads what its forward gave."""
-        return self.on_gpu
+        return self.name != "reference"
 
 
 def describe(request: Request) -> list[Candidate]:

@@ -61,9 +61,11 @@ class FrozenDecoder:
 
     def shape_for(self, reads_linears: bool) -> DecoderShape:
         """Its sizes, for counting what a pass keeps."""
+        backend = self.backend()
         return replace(
             self.weights.shape,
-            keeps_attended=self.backend().keeps_attended,
+            attended_itemsize=backend.attended_dtype(self.weights.dtype).itemsize,
+            keeps_attended=backend.keeps_attended,
             keeps_linears=reads_linears,
         )
 

@@ -168,9 +168,9 @@ def attention_forward(
 ) -> None:
     """`out = softmax(q @ k.T + causal mask) @ v` for every query over its own path; `lse` too.
 
-    q, which comes scaled, and out `[queries, heads, D]`; k and v `[rows, kv_heads, D]`; lse
-    `[queries, heads]`. A query sees the last `window` keys, its own included; None: all. With a
-    `softcap` c the scores s are `c * tanh(s / c)`.
+    q, which comes scaled, and out `[queries, heads, D]`, out in `backend.attended_dtype`; k and v
+    `[rows, kv_heads, D]`; lse `[queries, heads]`. A query sees the last `window` keys, its own
+    included; None: all. With a `softcap` c the scores s are `c * tanh(s / c)`.
     """
     _attention(backend).attention_forward(
         queries, q, k, v, out, lse, window=window, softcap=softcap

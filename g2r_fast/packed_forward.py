@@ -38,7 +38,7 @@ class PackedForward:
         shape = (context.plan.rows, self.weights.heads, self.weights.head_dim)
         self._shape = shape
         fresh = context.all_saved and self.keep_out  # every layer's own
-        self._out = None if fresh else context.empty(*shape)
+        self._out = None if fresh else context.empty_attended(*shape)
         self._q = None if context.all_saved else context.empty(*shape)
         self._lse = None if context.all_saved else context.empty_wide(*shape[:2])
 
@@ -66,7 +66,7 @@ class PackedForward:
         if q is None or lse is None:  # all of it is kept
             q, lse = context.empty(*self._shape), context.empty_wide(*self._shape[:2])
         if out is None:
-            out = context.empty(*self._shape)
+            out = context.empty_attended(*self._shape)
         k, v = self._keys_values()
         norm_in = context.empty_norm(saved, x.shape[1])
         q_norm = self._head_norm(layer.q_norm, saved, self.weights.heads)
@@ -115,7 +115,7 @@ class PackedForward:
             context.backend, layer, x, context.rotary_read, rows, query_norm_in,
             q=q, q_norm=q_norm, eps=weights.eps, scaling=weights.scaling,
         )  # fmt: skip
-        out, lse = context.empty(*q.shape), context.empty_wide(*q.shape[:2])
+        out, lse = context.empty_attended(*q.shape), context.empty_wide(*q.shape[:2])
         queries = forward_read_queries(context.plan)
         ops.attention_forward(context.backend, queries, q, k, v, out, lse, window=layer.window)
         norm_mid, mlp = self._mlp(layer, x, out, rows, reads)

@@ -63,7 +63,8 @@ class LinearReader:
         )
         name = f"{layer.name}.post_attention_layernorm"
         self.signal.on_scale(name, self._mlp.norm, self._rows)
-        self._linear(layer, {"self_attn.o_proj": layer.o}, tape.out.flatten(1), dx)
+        attended = tape.out.flatten(1).to(tape.q.dtype)
+        self._linear(layer, {"self_attn.o_proj": layer.o}, attended, dx)
 
     def before_qkv(self, layer: LayerWeights, rows: int, which: str) -> QkvGrads:
         """`which` of q, k and v send something."""

@@ -154,6 +154,7 @@ class DecoderShape:
     itemsize: int  # bytes of one saved activation
     stat_itemsize: int  # bytes of one saved row statistic
     qk_norm: bool = False
+    attended_itemsize: int | None = None  # bytes of what attention gives; None: `itemsize`
     keeps_attended: bool = False  # where the backend's attention backward reads its output
     keeps_linears: bool = False  # where a signal reads linear layers: their inputs too
 
@@ -299,7 +300,7 @@ class PackedPlan:
         query = (heads_width + shape.hidden + 2 * shape.intermediate) * item
         query += (shape.heads + 1) * stat  # log-sum-exp per head, the second norm
         if shape.keeps_attended or shape.keeps_linears:
-            query += heads_width * item
+            query += heads_width * (shape.attended_itemsize or item)
         if shape.keeps_linears:
             query += shape.intermediate * item
         if shape.qk_norm:

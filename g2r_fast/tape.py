@@ -87,7 +87,9 @@ class LayerTape:
     query_norm_in: NormTape  # [query, H]; `norm_in` itself, but in the last layer
     q_norm: NormTape | None  # [query, heads, head_dim]
     q: torch.Tensor  # [query, heads, head_dim]
-    out: torch.Tensor | None  # as q, for signals that read linears and where attention reads it
+    # As q, in the dtype that the backend gives it; for signals that read linear layers, and where
+    # the backward of attention reads it.
+    out: torch.Tensor | None
     lse: torch.Tensor  # [query, heads]
     norm_mid: NormTape  # [query, H]
     mlp: MlpTape
@@ -182,6 +184,10 @@ class PassContext:
     def empty_gradient(self, *shape: int) -> torch.Tensor:
         """In the dtype of the backend for gradients that enter and leave attention."""
         return self._empty(shape, self.backend.gradient_dtype(self.weights.dtype))
+
+    def empty_attended(self, *shape: int) -> torch.Tensor:
+        """In the dtype of the backend for what attention gives."""
+        return self._empty(shape, self.backend.attended_dtype(self.weights.dtype))
 
     def empty_norm(self, *shape: int) -> NormTape:
         return NormTape(self.empty(*shape), self.empty_wide(*shape[:-1]))

@@ -74,20 +74,6 @@ class Case:
         return f"{self.op}-{self.name}" + "-integers" * self.integers
 
 
-def saved_output(a: Arguments, ones: bool) -> Tensor:
-    """What the forward kept: the output rounded; with probabilities of 1, the sum of the values."""
-    if not ones:
-        forward = a | {"blocks": a["blocks"][:, :3]}
-        return ORACLES["attention_forward"](forward, EXACT)["out"].to(a["q"].dtype)
-    group = a["q"].shape[1] // a["k"].shape[1]
-    values = a["v"].double().repeat_interleave(group, 1)
-    out = torch.zeros_like(a["q"], dtype=torch.float64)
-    for row, keys in attention.seen(a):
-        out[row] = values[keys].sum(0)
-    assert torch.equal(out.to(a["q"].dtype).double(), out)
-    return out.to(a["q"].dtype)
-
-
 def _cases() -> Iterator[Case]:
     at = 0
     for op, random, integers in (
@@ -130,7 +116,7 @@ def select(op: str | None = None, integers: bool | None = None) -> list[Case]:
 def arguments(case: Case, dtype: torch.dtype) -> Arguments:
     a = case.make(Draw(dtype, 3))
     if case.op == "attention_backward":
-        a["out"] = saved_output(a, case.integers)
+        a["out"] = a["out"].to(dtype)  # as its forward writes it
     return a
 
 

@@ -163,7 +163,7 @@ def mlp_forward(
 
     return {
         "x": draw.normal(rows, s.hidden, scale=0.3),
-        "attended": draw.stored(rows, s.heads, s.head_dim, scale=0.5),
+        "attended": draw.normal(rows, s.heads, s.head_dim, scale=0.5),
         "wo": draw.weight(s.hidden, mixed), "bo": bias(s.hidden),
         "post_norm": draw.stored(s.hidden, scale=0.3, mean=1.0),
         "w_gate": draw.weight(s.width, s.hidden), "b_gate": bias(s.width),
@@ -402,7 +402,7 @@ def attribution_rewards_integers(
 
 
 # Arguments that are float32 whatever the model's dtype.
-FLOATS = {"x", "cos", "sin", "dx", "dk", "dv", "rstd", "q_rstd", "k_rstd", "lse", "grad"}
+FLOATS = {"x", "attended", "cos", "sin", "dx", "dk", "dv", "rstd", "q_rstd", "k_rstd", "grad"}
 
 
 def stored(a: Arguments, dtype: torch.dtype) -> Arguments:

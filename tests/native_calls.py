@@ -113,7 +113,7 @@ def output_shapes(op: str, a: Arguments) -> dict[str, tuple[tuple[int, ...], tor
         return {"out": ((len(a["offsets"]) - 1,), torch.float64)}
     dtype = next(a[n] for n in ("input_norm", "post_norm", "q") if a.get(n) is not None).dtype
     if op == "attention_forward":
-        return {"out": (tuple(a["q"].shape), dtype), "lse": (tuple(a["q"].shape[:2]), wide)}
+        return {"out": (tuple(a["q"].shape), wide), "lse": (tuple(a["q"].shape[:2]), wide)}
     if op == "attention_backward":
         keys = (a["key_rows"], *a["k"].shape[1:])
         return {"dq": (tuple(a["grad_out"].shape), dtype), "dk": (keys, wide), "dv": (keys, wide)}

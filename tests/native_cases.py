@@ -14,7 +14,7 @@ import native_tries as attention
 import torch
 from native_arguments import Arguments, Draw, Sizes
 from native_oracles import EXACT, ORACLES, Outputs, plain
-from native_tries import TRIES
+from native_tries import CROWD, TRIES
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,7 @@ def _attention(op: str, make: Callable[..., Arguments]) -> list[Case]:
         found[f"heads-{name}"] = _bound(make, TRIES["group"], *sizes)
         found[f"reads-heads-{name}"] = _bound(make, TRIES["reads"], *sizes)
     group, sizes = TRIES["group"], HEADS["d16-group4"]
+    found["crowd"] = _bound(make, CROWD, *sizes)
     found["window-over-all"] = _bound(make, group, *sizes, window=500)
     found["largest-window"] = _bound(make, group, *sizes, window=2**63 - 1)
     found["softcap"] = _bound(make, group, *sizes, softcap=2.0, gain=3.0)
@@ -169,6 +170,8 @@ def _attention_integers() -> list[Case]:
             cases.append(Case("attention_forward", label, one_hot, True))
             ones = _bound(attention.backward_of_ones, trie, *sizes, **option)
             cases.append(Case("attention_backward", label, ones, True))
+    crowd = _bound(attention.backward_of_ones, CROWD, *HEADS["d16-group4"])
+    cases.append(Case("attention_backward", "crowd", crowd, True))
     for name, sizes in HEADS.items():
         for op, make in (
             ("attention_forward", attention.forward_one_hot),

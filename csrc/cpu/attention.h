@@ -133,6 +133,8 @@ struct KeyRange {
         : low(window > 0 ? larger<i64>(0, positions[0] - window + 1) / kPanel * kPanel : 0),
           stop(positions[count - 1] + 1),
           width(round_up(stop - low, kWidth)) {}
+    // A stretch of one.
+    KeyRange(i64 first, i64 end) : low(first), stop(end), width(round_up(end - first, kWidth)) {}
 };
 
 // body(row, rows, last) for every stretch of at most a product's tile of queries of which some see
@@ -175,10 +177,11 @@ void score_panels(const T* a, const T* by_column, i64 head_dim, const int64_t* p
     }
 }
 
-// out[row] = sum over keys of weights[row][key - low] * value; weights of unseen keys are zeros.
+// out[row] = (or, with `add`, +=) the sum over keys of weights[row][key - low] * value; weights of
+// unseen keys are zeros.
 template <class T>
 void mix_values(const T* weights, const T* by_row, i64 head_dim, const int64_t* positions,
-                i64 count, KeyRange keys, float* out) {
+                i64 count, KeyRange keys, float* out, bool add) {
     const i64 ld = keys.width;
     for (i64 p = keys.low; p < keys.stop; p += kKeyStep) {
         const auto some = [&](i64 row, i64 rows, i64 last) {
@@ -189,7 +192,7 @@ void mix_values(const T* weights, const T* by_row, i64 head_dim, const int64_t* 
                 const Panel<T> right{by_row + p * head_dim + d * Pair<T>::size,
                                      head_dim * Pair<T>::size};
                 product<T>(left, rows, right, vectors, depth, out + row * head_dim + d, head_dim,
-                           p > keys.low);
+                           add || p > keys.low);
             }
         };
         if (p + kKeyStep <= positions[0] + 1)
@@ -202,9 +205,9 @@ void mix_values(const T* weights, const T* by_row, i64 head_dim, const int64_t* 
 // `value` where a key lies behind its query, outside the window, or between the last key and the
 // end of its vector.
 G2R_INLINE void fill_hidden(float* row, i64 position, KeyRange keys, i64 window, float value) {
-    const i64 first = window > 0 ? larger(keys.low, position - window + 1) : keys.low;
-    for (i64 k = 0; k < first - keys.low; k++) row[k] = value;
-    for (i64 k = position + 1 - keys.low; k < keys.width; k++) row[k] = value;
+    const i64 first = window > 0 ? larger<i64>(0, position - window + 1) - keys.low : 0;
+    for (i64 k = 0; k < smaller(first, keys.width); k++) row[k] = value;
+    for (i64 k = larger<i64>(0, position + 1 - keys.low); k < keys.width; k++) row[k] = value;
 }
 
 }  // namespace g2r::G2R_NS

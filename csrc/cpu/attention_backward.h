@@ -1,9 +1,10 @@
 // Causal attention over a trie of segments, backward for many lanes.
 //
-// For a tile of queries of one head, P is computed once and serves all lanes. dP and dS are rows
-// over all keys of the path, so their row sums need no output of the forward. Keys before the first
-// run of the path get no gradient: they cost dQ only. The keys of a run get theirs from every block
-// below it, in one task and in one order.
+// For a tile of queries of one head and some keys, P is computed once and serves the lanes one
+// after the other: what lies between two products stays in the nearest caches. dS = P * (dP - the
+// row's sum of P * dP), which is grad . out. Keys before the first run of the path get no gradient:
+// they cost dQ only. The keys of a run get theirs from every block below it, in one task and in one
+// order.
 #pragma once
 
 #include "attention_forward.h"
@@ -11,20 +12,36 @@
 
 namespace g2r::G2R_NS {
 
-// Values times p into a tile, and their sums per row on to `sums`.
-struct Weigh : Store {
+// Queries of a tile, at most: every tile adds to the gradients of all its keys.
+constexpr i64 kBackwardRows = 96;
+// Lanes that go through a tile together, at most: their gradients are kept in the meantime.
+constexpr i64 kLanesAtOnce = 32;
+
+// dS = p * (dP - the row's sum), times the slope of the cap where there is one.
+template <class T>
+struct ScoreGrads {
+    T* out;
+    i64 ld;
     const float* p;
-    float* sums;  // [rows][kWidth]
+    const float* slope;  // or null
+    const float* sums;   // [rows]
+    template <int N>
+    G2R_INLINE void expect(i64) const {}
+    template <int N>
+    G2R_INLINE void start(i64 row, vf (&values)[N]) const {
+        const vf minus = splat(-sums[row]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) values[n] = minus;
+    }
     template <int N>
     G2R_INLINE void operator()(i64 row, const vf (&values)[N]) const {
-        vf total = load(sums + row * kWidth);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            const vf x = values[n] * load(p + row * ld + n * kWidth);
-            store(out + row * ld + n * kWidth, x);
-            total += x;
+            const i64 at = row * ld + n * kWidth;
+            vf x = values[n] * load(p + at);
+            if (slope != nullptr) x *= load(slope + at);
+            store(out + at, x);
         }
-        store(sums + row * kWidth, total);
     }
 };
 
@@ -60,53 +77,52 @@ class BackwardTask {
           q_{static_cast<const S*>(in.q), in.heads, in.head_dim},
           k_{static_cast<const S*>(in.k), in.kv_heads, in.head_dim},
           v_{static_cast<const S*>(in.v), in.kv_heads, in.head_dim},
+          out_{in.out, in.heads, in.head_dim},
           grad_{static_cast<const S*>(in.grad_out), in.heads, in.head_dim},
           stack_(in.segments, in.segment_count),
           live_(in.segment_count),
           mine_(group_.runs),
           gathered_at_(group_.runs),
-          gathered_rows_(place_runs()),
-          dk_(gathered_rows_ * d_),
-          dv_(gathered_rows_ * d_),
+          gathererow_sums_(place_runs()),
+          dk_(gathererow_sums_ * d_),
+          dv_(gathererow_sums_ * d_),
           keys_by_column_(length * d_),
           values_by_column_(length * d_),
           keys_by_row_(length * d_),
-          queries_(kQueryRows * d_),
-          grads_(kQueryRows * d_),
-          p_(rows_of_scores(length)),
-          slope_(in.softcap > 0.0f ? rows_of_scores(length) : 0),
-          ds_(rows_of_scores(length)),
-          narrow_ds_(kPair > 1 ? rows_of_scores(length) : 0),
-          sums_(kQueryRows * kWidth),
-          dq_(kQueryRows * d_),
-          query_pairs_(kPair > 1 ? kQueryRows * d_ : 0),
-          grad_pairs_(kPair > 1 ? kQueryRows * d_ : 0),
-          p_pairs_(kPair > 1 ? rows_of_scores(length) : 0),
-          ds_pairs_(kPair > 1 ? rows_of_scores(length) : 0) {}
+          lanes_at_once_(smaller(most_lanes(), kLanesAtOnce)),
+          queries_(kBackwardRows * d_),
+          grads_(lanes_at_once_ * kBackwardRows * d_),
+          row_sums_(lanes_at_once_ * kBackwardRows),
+          dq_(lanes_at_once_ * kBackwardRows * d_),
+          p_(kBackwardRows * kKeyStep),
+          slope_(in.softcap > 0.0f ? kBackwardRows * kKeyStep : 0),
+          ds_(kBackwardRows * kKeyStep),
+          query_pairs_(kPair > 1 ? kBackwardRows * d_ : 0),
+          grad_pairs_(kPair > 1 ? grads_.size() : 0),
+          p_pairs_(kPair > 1 ? kBackwardRows * kKeyStep : 0),
+          ds_pairs_(kPair > 1 ? kBackwardRows * kKeyStep : 0) {}
 
     void run() {
-        for (i64 i = 0; i < gathered_rows_ * d_; i++) dk_[i] = dv_[i] = 0.0f;
+        for (i64 i = 0; i < gathererow_sums_ * d_; i++) dk_[i] = dv_[i] = 0.0f;
         for (i64 b = group_.first; b < group_.stop; b++) {
             const BackwardBlock& block = in_.blocks[b];
-            const LaneRange lanes =
-                lanes_in_part(group_, in_, in_.block_lanes + block.lane_at, block.lanes);
+            const LaneRange lanes = lanes_of(block);
             if (lanes.count == 0 || block.count == 0) continue;
             enter(block, lanes);
             const int64_t* positions = in_.positions + block.row;
-            for (i64 t = 0; t < block.count;) {
-                const i64 n = query_rows(positions + t, block.count - t, in_.window);
-                tile(block, lanes, t, n, positions + t);
-                t += n;
+            // Tiles of even length, in whole tiles of a product.
+            const i64 most = ceil_div(block.count, ceil_div(block.count, kBackwardRows));
+            const i64 rows = round_up(most, kRows);
+            for (i64 c = 0; c < lanes.count; c += lanes_at_once_) {
+                const LaneRange some{lanes.first + c, smaller(lanes_at_once_, lanes.count - c)};
+                for (i64 t = 0; t < block.count; t += rows)
+                    tile(block, some, t, smaller(rows, block.count - t), positions + t);
             }
         }
         write_keys();
     }
 
  private:
-    static i64 rows_of_scores(i64 length) {
-        return larger(kScoreTile, kRows * length) + kPanel * (kQueryRows + 1);
-    }
-
     // The rows that the gradients of this task's keys take, all runs together.
     i64 place_runs() {
         i64 rows = 0;
@@ -117,6 +133,17 @@ class BackwardTask {
             rows += run.tokens * mine_[i].count;
         }
         return rows;
+    }
+
+    LaneRange lanes_of(const BackwardBlock& block) const {
+        return lanes_in_part(group_, in_, in_.block_lanes + block.lane_at, block.lanes);
+    }
+
+    i64 most_lanes() const {
+        i64 most = 0;
+        for (i64 b = group_.first; b < group_.stop; b++)
+            most = larger(most, lanes_of(in_.blocks[b]).count);
+        return most;
     }
 
     void enter(const BackwardBlock& block, LaneRange lanes) {
@@ -155,35 +182,51 @@ class BackwardTask {
         return place_of(lanes + mine_[run].first, mine_[run].count, lane);
     }
 
-    // n queries of the block from t on, all heads of the group, all lanes.
+    // n queries of the block from t on, all heads of the group, some lanes.
     void tile(const BackwardBlock& block, LaneRange lanes, i64 t, i64 n, const int64_t* positions) {
-        const KeyRange keys(positions, n, in_.window);
-        const i64 own = larger(first_, keys.low);  // the first key that gets a gradient
-        const i64 own_width = own < keys.stop ? round_up(keys.stop - own, kWidth) : 0;
-        const i64 heads = in_.heads / in_.kv_heads;
+        const KeyRange all(positions, n, in_.window);
+        const i64 heads = in_.heads / in_.kv_heads, stride = in_.heads * d_;
+        const i64 row = block.row + t, lane_rows = kBackwardRows * d_;
+        const i64 backward_row = block.backward_row + t * block.lanes + lanes.first;
         for (i64 head = kv_head_ * heads; head < (kv_head_ + 1) * heads; head++) {
-            const i64 stride = in_.heads * d_;
-            load_rows(queries_, query_pairs_, q_.at(block.row + t, head), n, stride);
-            probabilities(block.row + t, n, head, positions, keys);
-            if constexpr (kPair > 1)
-                pair_tokens(p_pairs_, p_ + own - keys.low, n, own_width, keys.width);
-            for (i64 c = lanes.first; c < lanes.first + lanes.count; c++) {
-                const i64 row = block.backward_row + t * block.lanes + c;
-                load_rows(grads_, grad_pairs_, grad_.at(row, head), n, stride * block.lanes);
-                weighted_grads(n, positions, keys);
-                centre(n, keys.width);
-                mix_values<T>(left_ds(), keys_by_row_, d_, positions, n, keys, dq_);
-                S* dq = static_cast<S*>(in_.dq);
+            load_rows(queries_, query_pairs_, q_.at(row, head), n, stride);
+            for (i64 c = 0; c < lanes.count; c++) {
+                const S* grad = grad_.at(backward_row + c, head);
+                load_rows(grads_ + c * lane_rows, grad_pairs_ + c * lane_rows, grad, n,
+                          stride * block.lanes);
                 for (i64 i = 0; i < n; i++)
-                    for (i64 d = 0; d < d_; d += kWidth)
-                        store(dq + ((row + i * block.lanes) * in_.heads + head) * d_ + d,
-                              load(dq_ + i * d_ + d));
-                if (own_width == 0) continue;
-                if constexpr (kPair > 1)
-                    pair_tokens(ds_pairs_, narrow_ds_ + (own - keys.low), n, own_width, keys.width);
-                to_keys(in_.block_lanes[block.lane_at + c], positions, n, own, own_width, keys);
+                    row_sums_[c * kBackwardRows + i] =
+                        dot(grad + i * stride * block.lanes, out_.at(row + i, head));
             }
+            for (i64 low = all.low; low < all.stop; low += kKeyStep) {
+                const KeyRange keys(low, smaller(all.stop, low + kKeyStep));
+                const bool has_grads = keys.stop > first_;
+                probabilities(row, n, head, positions, keys);
+                if constexpr (kPair > 1)
+                    if (has_grads) pair_tokens(p_pairs_, p_.data(), n, keys.width);
+                for (i64 c = 0; c < lanes.count; c++) {
+                    score_grads(c, n, positions, keys);
+                    mix_values<T>(ds_, keys_by_row_, d_, positions, n, keys, dq_ + c * lane_rows,
+                                  low > all.low);
+                    if (!has_grads) continue;
+                    if constexpr (kPair > 1) pair_tokens(ds_pairs_, ds_.data(), n, keys.width);
+                    to_keys(c, in_.block_lanes[block.lane_at + lanes.first + c], positions, n,
+                            keys);
+                }
+            }
+            S* dq = static_cast<S*>(in_.dq) + (backward_row * in_.heads + head) * d_;
+            for (i64 i = 0; i < n; i++)
+                for (i64 c = 0; c < lanes.count; c++)
+                    for (i64 d = 0; d < d_; d += kWidth)
+                        store(dq + (i * block.lanes + c) * stride + d,
+                              load(dq_ + c * lane_rows + i * d_ + d));
         }
+    }
+
+    float dot(const S* a, const float* b) const {
+        vf total = {};
+        for (i64 d = 0; d < d_; d += kWidth) total = multiply_add(load(a + d), load(b + d), total);
+        return sum(total);
     }
 
     // Rows as operands, and as pairs of tokens where products take pairs.
@@ -196,16 +239,16 @@ class BackwardTask {
     }
 
     template <class Row>
-    void pair_tokens(T* pairs, const Row* rows, i64 n, i64 width, i64 ld) {
+    void pair_tokens(T* pairs, const Row* rows, i64 n, i64 width) {
         for (i64 i = 0; i < n; i += kPair)
-            pair_rows(pairs + i * width, rows + i * ld, i + 1 < n ? rows + (i + 1) * ld : nullptr,
-                      width);
+            pair_rows(pairs + i * width, rows + i * width,
+                      i + 1 < n ? rows + (i + 1) * width : nullptr, width);
     }
 
     void probabilities(i64 row, i64 n, i64 head, const int64_t* positions, KeyRange keys) {
         const i64 ld = keys.width;
         float* p = p_;
-        float lse[kQueryRows];
+        float lse[kBackwardRows];
         for (i64 i = 0; i < n; i++) lse[i] = in_.lse[(row + i) * in_.heads + head];
         const auto scores = [&](const auto& finish_at) {
             score_panels<T>(queries_, keys_by_column_, d_, positions, n, keys, finish_at,
@@ -226,21 +269,22 @@ class BackwardTask {
     // Scores to probabilities of capped ones, and the slopes of the cap.
     void capped(float* p, float* slope, i64 position, KeyRange keys, float lse) const {
         for (i64 k = 0; k < keys.width; k++) slope[k] = 0.0f;
-        soft_cap(p, position + 1 - keys.low, in_.softcap, slope);
+        const i64 seen = smaller(position + 1, keys.stop) - keys.low;
+        soft_cap(p, seen, in_.softcap, slope);
         for (i64 k = 0; k < keys.width; k += kWidth) store(p + k, exp(load(p + k) - splat(lse)));
     }
 
-    // P * dP, and its row sums.
-    void weighted_grads(i64 n, const int64_t* positions, KeyRange keys) {
+    void score_grads(i64 lane, i64 n, const int64_t* positions, KeyRange keys) {
         const i64 ld = keys.width;
-        for (i64 i = 0; i < n * kWidth; i++) sums_[i] = 0.0f;
-        float *ds = ds_, *sums = sums_;
-        const float* p = p_;
+        T* const ds = ds_;
+        const float *const p = p_, *const sums = row_sums_ + lane * kBackwardRows;
+        const float* const slope = in_.softcap > 0.0f ? slope_.data() : nullptr;
         score_panels<T>(
-            grads_, values_by_column_, d_, positions, n, keys,
+            grads_ + lane * kBackwardRows * d_, values_by_column_, d_, positions, n, keys,
             [&](i64 first, i64 column) {
                 const i64 at = first * ld + column;
-                return Weigh{{ds + at, ld}, p + at, sums + first * kWidth};
+                return ScoreGrads<T>{ds + at, ld, p + at, slope == nullptr ? nullptr : slope + at,
+                                     sums + first};
             },
             [&](i64 first, i64 rows, i64 column, i64 vectors) {
                 for (i64 i = first; i < first + rows; i++)
@@ -249,45 +293,21 @@ class BackwardTask {
             });
     }
 
-    // P * dP to dS = P * (dP - sum(P * dP)), as operands.
-    void centre(i64 n, i64 ld) {
-        for (i64 i = 0; i < n; i++) {
-            const vf total = splat(sum(load(sums_ + i * kWidth)));
-            const float* p = p_ + i * ld;
-            float* ds = ds_ + i * ld;
-            for (i64 k = 0; k < ld; k += kWidth) {
-                vf x = load(ds + k) - load(p + k) * total;
-                if (in_.softcap > 0.0f) x *= load(slope_ + i * ld + k);
-                if constexpr (kPair > 1)
-                    store(narrow_ds_ + i * ld + k, x);
-                else
-                    store(ds + k, x);
-            }
-        }
-    }
-
-    const T* left_ds() const {
-        if constexpr (kPair > 1) {
-            return narrow_ds_;
-        } else {
-            return ds_;
-        }
-    }
-
     // dK and dV of one lane in every run on the path.
-    void to_keys(i64 lane, const int64_t* positions, i64 n, i64 own, i64 own_width, KeyRange keys) {
+    void to_keys(i64 c, i64 lane, const int64_t* positions, i64 n, KeyRange keys) {
         for (i64 l = 0; l < live_count_; l++) {
             const LiveRun& live = live_[l];
-            const i64 low = larger(live.start, own), high = smaller(live.stop, keys.stop);
+            const i64 low = larger(live.start, keys.low), high = smaller(live.stop, keys.stop);
             const i64 place = low < high ? place_in(live.run, lane) : -1;
             if (place < 0) continue;
             const i64 row =
                 gathered_at_[live.run] + place * groups_.run(group_, live.run).tokens - live.start;
+            const i64 grads = c * kBackwardRows * d_;
             const auto some = [&](i64 key, i64 count, i64 first) {
-                add_keys(dk_ + (row + key) * d_, ds_, ds_pairs_, queries_, query_pairs_, key, count,
-                         first, n, own, own_width, keys);
-                add_keys(dv_ + (row + key) * d_, p_, p_pairs_, grads_, grad_pairs_, key, count,
-                         first, n, own, own_width, keys);
+                add_keys(dk_ + (row + key) * d_, ds_.data(), ds_pairs_, queries_, query_pairs_, key,
+                         count, first, n, keys);
+                add_keys(dv_ + (row + key) * d_, p_.data(), p_pairs_, grads_ + grads,
+                         grad_pairs_ + grads, key, count, first, n, keys);
             };
             const i64 seen_by_all = smaller(high, larger(low, positions[0] + 1));
             some(low, seen_by_all - low, 0);
@@ -300,19 +320,19 @@ class BackwardTask {
     }
 
     // out[key] += sum over the queries from `first` on of weights[query][key] * rows[query].
-    void add_keys(float* out, const float* weights, const T* weight_pairs, const T* rows,
-                  const T* row_pairs, i64 key, i64 count, i64 first, i64 n, i64 own, i64 own_width,
-                  KeyRange keys) {
+    template <class Weight>
+    void add_keys(float* out, const Weight* weights, const T* weight_pairs, const T* rows,
+                  const T* row_pairs, i64 key, i64 count, i64 first, i64 n, KeyRange keys) {
         for (i64 d = 0; d < d_; d += kPanel) {
             const i64 vectors = smaller<i64>(kPanel, d_ - d) / kWidth;
+            const i64 at = first * keys.width + (key - keys.low) * kPair;
             if constexpr (kPair > 1) {
-                const Operand<T> left{weight_pairs + first * own_width + (key - own) * kPair, kPair,
-                                      own_width * kPair};
+                const Operand<T> left{weight_pairs + at, kPair, keys.width * kPair};
                 const Panel<T> right{row_pairs + first * d_ + d * kPair, d_ * kPair};
                 product<T>(left, count, right, vectors, round_up(n, kPair) - first, out + d, d_,
                            true);
             } else {
-                const Operand<T> left{weights + first * keys.width + key - keys.low, 1, keys.width};
+                const Operand<T> left{weights + at, 1, keys.width};
                 const Panel<T> right{rows + first * d_ + d, d_};
                 product<T>(left, count, right, vectors, n - first, out + d, d_, true);
             }
@@ -337,19 +357,24 @@ class BackwardTask {
     const BackwardGroups& groups_;
     const BackwardGroup& group_;
     const i64 kv_head_, d_;
-    const Heads<S> q_, k_, v_, grad_;
+    const Heads<S> q_, k_, v_;
+    const Heads<float> out_;
+    const Heads<S> grad_;
     PathStack stack_;
     Array<LiveRun> live_;
     Array<LaneRange> mine_;
     Array<i64> gathered_at_;
-    const i64 gathered_rows_;
+    const i64 gathererow_sums_;
     Array<float> dk_, dv_;
     Array<T> keys_by_column_, values_by_column_, keys_by_row_;
     i64 live_count_ = 0, first_ = 0;
-    Array<T> queries_, grads_;
-    Array<float> p_, slope_, ds_;
-    Array<T> narrow_ds_;
-    Array<float> sums_, dq_;
+    const i64 lanes_at_once_;
+    Array<T> queries_;       // of a tile
+    Array<T> grads_;         // [lane][row][head_dim], as are dq_ and grad_pairs_
+    Array<float> row_sums_;  // [lane][row]
+    Array<float> dq_;
+    Array<float> p_, slope_;  // [row][key], of a step
+    Array<T> ds_;
     Array<T> query_pairs_, grad_pairs_, p_pairs_, ds_pairs_;
 };
 

@@ -115,12 +115,11 @@ class ForwardTask {
             exponentiate(scores, weights() + t * ld, ld, most, total[t]);
             in_.lse[(row + t) * in_.heads + head] = most + logf(total[t]);
         }
-        mix_values<T>(weights(), values_, d, positions, n, keys, mixed_);
-        S* out = static_cast<S*>(in_.out);
+        mix_values<T>(weights(), values_, d, positions, n, keys, mixed_, false);
         for (i64 t = 0; t < n; t++) {
             const vf scale = splat(1.0f / total[t]);
             for (i64 i = 0; i < d; i += kWidth)
-                store(out + ((row + t) * in_.heads + head) * d + i,
+                store(in_.out + ((row + t) * in_.heads + head) * d + i,
                       load(mixed_ + t * d + i) * scale);
         }
     }

@@ -61,7 +61,7 @@ struct MlpForward {
     Activation activation;
     int64_t rows, hidden, width, attended_width;  // width: of gate and up
     float* x;                                     // [rows][hidden], in place
-    const void* attended;                         // [rows][attended_width] storage
+    const float* attended;                        // [rows][attended_width]
     Linear o, gate, up, down;
     const void* post_norm;
     const int32_t* keep;
@@ -152,7 +152,7 @@ struct AttentionForward {
     const int64_t* positions;  // [queries], ascending within a block
     int64_t window;
     float softcap;
-    void* out;   // [queries][heads][head_dim] storage
+    float* out;  // [queries][heads][head_dim]
     float* lse;  // [queries][heads]
 };
 
@@ -163,6 +163,7 @@ struct AttentionBackward {
     const void* q;
     const void* k;
     const void* v;
+    const float* out;  // of the forward, as is lse
     const float* lse;
     const void* grad_out;  // [query_rows][heads][head_dim] storage
     const Segment* segments;

@@ -100,10 +100,10 @@ void mlp_forward_as(const MlpForward& in) {
         pack_ahead(down_of(first, stripe));
     });
     each_chunk(in.rows, ahead.chunk_rows(), [&](i64 start, i64 rows) {
-        const Operands<S, T> attended(rows, in.attended_width);
+        const Operands<float, T> attended(rows, in.attended_width);
         const Array<T> normed(rows * hidden), activated(rows * kStripe);
         float* x = in.x + start * hidden;
-        const S* mixed = static_cast<const S*>(in.attended) + start * in.attended_width;
+        const float* mixed = in.attended + start * in.attended_width;
         multiply<T>({attended.of(mixed, rows), in.attended_width}, rows, o,
                     add_into<S>(x, hidden, in.o.bias));
         each_row(rows, [&](i64 r) {

@@ -86,22 +86,23 @@ G2R_INLINE void step_of(vf (&c)[M][N], const bf16* a, i64 row, const bf16* b) {
 }
 #endif
 
-// Where `a` lies row by row, the rows of the next tile come to the second-level cache meanwhile:
-// the rows of a task are more than it holds. What lies behind the last row is asked for in vain.
-// ahead(row of a tile) asks for more, a little at a time: what is asked for all at once would stand
-// in the way of what is needed now.
+// Where `a` lies row by row, the rows of the tile after the next come to the second-level cache
+// meanwhile: the rows of a task are more than it holds. What lies behind the last row is asked for
+// in vain. ahead(row of a tile) asks for more, a little at a time: what is asked for all at once
+// would stand in the way of what is needed now.
 template <class T, int M, int N, class Ahead>
 G2R_INLINE void accumulate(vf (&c)[M][N], const T* a, i64 row, i64 step, const T* b, i64 line,
                            i64 k, const Ahead& ahead) {
     constexpr i64 of_line = 16;  // steps in a cache line of `a`
-    if (step == Pair<T>::size) {
-        for (int at = 0; k >= of_line; k -= of_line, at++) {
+    const bool by_row = step == Pair<T>::size;
+    for (int at = 0; k >= of_line; k -= of_line, at++) {
+        if (by_row) {
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) __builtin_prefetch(a + (M + m) * row, 0, 2);
-            if (at < M) ahead(at);
-#pragma GCC unroll 1
-            for (int i = 0; i < of_line; i++, a += step, b += line) step_of(c, a, row, b);
+            for (int m = 0; m < M; m++) __builtin_prefetch(a + (2 * M + m) * row, 0, 2);
         }
+        if (at < M) ahead(at);
+#pragma GCC unroll 1
+        for (int i = 0; i < of_line; i++, a += step, b += line) step_of(c, a, row, b);
     }
     for (; k > 0; k--, a += step, b += line) step_of(c, a, row, b);
 }

@@ -51,9 +51,8 @@ inline void test_attention(const g2r::Kernels& kernels, Dtype dtype, const Sizes
     }
     const int64_t q_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
     const Stored q(dtype, rows * q_width), k(dtype, rows * kv_width), v(dtype, rows * kv_width),
-        out(dtype, rows * q_width), grad(dtype, backward_rows * q_width),
-        dq(dtype, backward_rows * q_width);
-    const Buffer<float> lse(rows * s.heads), dk(backward_rows * kv_width),
+        grad(dtype, backward_rows * q_width), dq(dtype, backward_rows * q_width);
+    const Buffer<float> out(rows * q_width), lse(rows * s.heads), dk(backward_rows * kv_width),
         dv(backward_rows * kv_width);
     integers(q, 1);
     integers(k, 1);
@@ -89,7 +88,8 @@ inline void test_attention(const g2r::Kernels& kernels, Dtype dtype, const Sizes
     back.queries = rows, back.rows = rows;
     back.heads = s.heads, back.kv_heads = s.kv_heads, back.head_dim = s.head_dim;
     back.query_rows = backward_rows, back.key_rows = backward_rows;
-    back.q = q.get(), back.k = k.get(), back.v = v.get(), back.lse = lse.get();
+    back.q = q.get(), back.k = k.get(), back.v = v.get();
+    back.out = out.get(), back.lse = lse.get();
     back.grad_out = grad.get();
     back.segments = segment_table.get(), back.segment_count = count;
     back.blocks = backward_table.get(), back.block_count = live;

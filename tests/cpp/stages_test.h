@@ -80,12 +80,11 @@ inline void test_qkv_forward(const g2r::Kernels& kernels, Dtype dtype, int64_t r
 inline void test_mlp_forward(const g2r::Kernels& kernels, Dtype dtype, int64_t rows, const Sizes& s,
                              int64_t activation, int64_t kept, bool shown) {
     const int64_t mixed = s.heads * s.head_dim;
-    const Buffer<float> x(rows * s.hidden);
+    const Buffer<float> x(rows * s.hidden), attended(rows * mixed);
     integers(x, 3);
-    const Stored attended(dtype, rows * mixed), wo(dtype, s.hidden * mixed),
-        gate(dtype, s.width * s.hidden), up(dtype, s.width * s.hidden),
-        down(dtype, s.hidden * s.width), post_norm(dtype, s.hidden), bias(dtype, s.hidden),
-        wide_bias(dtype, s.width);
+    const Stored wo(dtype, s.hidden * mixed), gate(dtype, s.width * s.hidden),
+        up(dtype, s.width * s.hidden), down(dtype, s.hidden * s.width), post_norm(dtype, s.hidden),
+        bias(dtype, s.hidden), wide_bias(dtype, s.width);
     integers(attended, 2);
     sparse(wo, s.hidden, mixed, 3);
     sparse(gate, s.width, s.hidden, 3);
