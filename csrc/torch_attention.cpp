@@ -153,7 +153,7 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
     if (op.queries > 0 && op.block_count > 0) kernels_in_use().attention_forward(op);
 }
 
-void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& out,
                         const Tensor& lse, const Tensor& grad_out, const Tensor& segments,
                         const Tensor& blocks, const Tensor& positions, const Tensor& block_lanes,
                         const Tensor& runs, const Tensor& run_lanes, const Tensor& dq,
@@ -175,6 +175,7 @@ void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const
     op.q = checks.in(q, "q", storage, {op.queries, op.heads, op.head_dim});
     op.k = checks.in(k, "k", storage, {op.rows, op.kv_heads, op.head_dim});
     op.v = checks.in(v, "v", storage, {op.rows, op.kv_heads, op.head_dim});
+    if (storage != kFloat) checks.needs(out, "out", "a tensor in a model that is not float32");
     op.out = checks.in<float>(out, "out", kFloat, {op.queries, op.heads, op.head_dim});
     op.lse = checks.in<float>(lse, "lse", kFloat, {op.queries, op.heads});
     op.grad_out = checks.in(grad_out, "grad_out", storage, {op.query_rows, op.heads, op.head_dim});

@@ -99,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2r_fast, library) {
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor segments, Tensor blocks, "
         "Tensor positions, Tensor(a!) out, Tensor(b!) lse, int window, float softcap) -> ()");
     library.def(
-        "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "attention_backward(Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
         "Tensor grad_out, Tensor segments, Tensor blocks, Tensor positions, Tensor block_lanes, "
         "Tensor runs, "
         "Tensor run_lanes, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, int window, "

@@ -53,7 +53,7 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const Tensor& blocks, const Tensor& positions, const Tensor& out,
                        const Tensor& lse, int64_t window, double softcap);
 
-void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& out,
                         const Tensor& lse, const Tensor& grad_out, const Tensor& segments,
                         const Tensor& blocks, const Tensor& positions, const Tensor& block_lanes,
                         const Tensor& runs, const Tensor& run_lanes, const Tensor& dq,

@@ -41,6 +41,7 @@ VARIABLE = "G2R_BACKEND"
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE_STEP = 16  # elements; rows of anything that is multiplied come in whole vectors
 _LARGEST_HEAD_DIM = 256
+_WIDE_MLP = 4  # hidden sizes
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Backend:
     kernels: str = ""  # which of its kernels are in use
     refused: Mapping[str, str] = field(default_factory=dict)  # those before it, and why
     on_gpu: bool = False  # or under Triton's interpreter, as on one
+    forms_attended: bool = False  # once more in the backward of attention, where it is not given
 
     def __str__(self) -> str:
         return f"{self.name}: {self.kernels}" if self.kernels else self.name
@@ -95,8 +97,8 @@ class Backend:
 
     @property
     def keeps_attended(self) -> bool:
-        """Whether the backward of attention reads what its forward gave."""
-        return self.name != "reference"
+        """Whether the backward of attention wants what its forward gave."""
+        return self.name != "reference" and not self.forms_attended
 
 
 def describe(request: Request) -> list[Candidate]:
@@ -126,9 +128,17 @@ def choose(request: Request) -> Backend:
         if candidate.usable:
             on_gpu = name == "triton" or (name == "native" and request.device.type == "cuda")
             kernels = "" if name == "reference" else _kernels(name, on_gpu)
-            return Backend(name, kernels, refused, on_gpu)
+            forms = name == "native" and not on_gpu and _forms_attended(request)
+            return Backend(name, kernels, refused, on_gpu, forms)
         refused[name] = str(candidate.reason)
     raise BackendError(wanted, list(candidate.reasons))
+
+
+def _forms_attended(request: Request) -> bool:
+    """Where the MLP is most of a layer, attention is little of the time, and float32 rows of its
+    output would be a large part of what may be kept."""
+    wide = request.intermediate > _WIDE_MLP * request.hidden
+    return wide and request.dtype == torch.float32
 
 
 def native_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:

@@ -209,7 +209,7 @@ def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     dq: torch.Tensor,

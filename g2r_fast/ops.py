@@ -1,9 +1,10 @@
 """One function per op of the packed engine; only here and in backends.py are devices known.
 
 Every op writes into tensors that it is given. Rows are [rows, heads, head_dim] where they have
-heads. Residual rows and their gradients are float32 (float64 for a float64 model), everything that
-is kept is in the model's dtype, statistics of rows are float32 or wider. `rows` says, for each row,
-where it is kept or what of that it reads.
+heads. Residual rows and their gradients are float32 (float64 for a float64 model), what is kept is
+in the model's dtype, but for what attention gives (`backend.attended_dtype`) and statistics of
+rows, which are float32 or wider. `rows` says, for each row, where it is kept or what of that it
+reads.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def mlp_forward(
 ) -> None:
     """`x += attended @ w_o.T`, then `x += (act(h @ w_gate.T) * (h @ w_up.T)) @ w_down.T`.
 
-    `h = rms_norm(x) * post_norm`; x `[rows, H]` in place; attended `[rows, heads, D]`; activation
-    `"silu"`, `"gelu"` or `"gelu_tanh"`. `mlp.activation`, unless None, gets the input of w_down.
+    `h = rms_norm(x) * post_norm`; x `[rows, H]` in place; attended `[rows, heads, D]`, as
+    `attention_forward` gives it; activation `"silu"`, `"gelu"` or `"gelu_tanh"`. `mlp.activation`,
+    unless None, gets the input of w_down.
     """
     _stages(backend).mlp_forward(
         layer, x, attended, rows, norm, mlp, eps=eps, activation=activation
@@ -196,18 +198,13 @@ def attention_backward(
     """The gradients of `attention_forward` for every lane.
 
     grad_out and dq `[B, heads, D]`, of the queries' backward rows; dk and dv `[B, kv_heads, D]`, of
-    the plan's backward rows, float32 or wider. Every element of dq, dk and dv is written. `out` is
-    read where `backend.keeps_attended`.
+    the plan's backward rows, float32 or wider. Every element of dq, dk and dv is written. `out`
+    may be None only where not `backend.keeps_attended`.
     """
-    if backend.keeps_attended:
-        assert out is not None
-        _attention(backend).attention_backward(
-            queries, q, k, v, out, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
-        )
-    else:
-        _attention(backend).attention_backward(
-            queries, q, k, v, lse, grad_out, dq, dk, dv, window=window, softcap=softcap
-        )
+    read = (lse,) if backend.name == "reference" else (out, lse)
+    _attention(backend).attention_backward(
+        queries, q, k, v, *read, grad_out, dq, dk, dv, window=window, softcap=softcap
+    )
 
 
 def linear(backend: Backend, x: torch.Tensor, layer: Linear) -> torch.Tensor:

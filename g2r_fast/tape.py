@@ -174,7 +174,7 @@ class PassContext:
         return self._rotary_of(self.read_rows)
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """In the model's dtype: what is kept."""
+        """In the model's dtype: most of what is kept."""
         return self._empty(shape, self.weights.dtype)
 
     def empty_wide(self, *shape: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import native_tries as attention
 import torch
 from native_arguments import Arguments, Draw, Sizes
 from native_oracles import EXACT, ORACLES, Outputs, plain
-from native_tries import CROWD, TRIES
+from native_tries import CROWD, FAR_READS, TRIES
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +148,16 @@ def _attention(op: str, make: Callable[..., Arguments]) -> list[Case]:
         found[f"reads-heads-{name}"] = _bound(make, TRIES["reads"], *sizes)
     group, sizes = TRIES["group"], HEADS["d16-group4"]
     found["crowd"] = _bound(make, CROWD, *sizes)
+    found["far-reads"] = _bound(make, FAR_READS, *sizes)
+    found["far-reads-window20"] = _bound(make, FAR_READS, *sizes, window=20)
+    found["softcap-long"] = _bound(make, TRIES["long-branches"], *sizes, softcap=2.0, gain=3.0)
+    if op == "attention_backward":
+        for name in ("long", "group", "deep", "reads", "long-branches"):
+            found[f"{name}-formed"] = _bound(make, TRIES[name], *sizes, keeps_out=False)
+        found["formed-window"] = _bound(make, FAR_READS, *sizes, window=20, keeps_out=False)
+        found["formed-softcap"] = _bound(
+            make, group, *sizes, softcap=2.0, gain=3.0, keeps_out=False
+        )
     found["window-over-all"] = _bound(make, group, *sizes, window=500)
     found["largest-window"] = _bound(make, group, *sizes, window=2**63 - 1)
     found["softcap"] = _bound(make, group, *sizes, softcap=2.0, gain=3.0)
@@ -172,6 +182,10 @@ def _attention_integers() -> list[Case]:
             cases.append(Case("attention_backward", label, ones, True))
     crowd = _bound(attention.backward_of_ones, CROWD, *HEADS["d16-group4"])
     cases.append(Case("attention_backward", "crowd", crowd, True))
+    for name in ("group", "long-branches"):
+        trie, sizes = TRIES[name], HEADS["d16-group4"]
+        formed = _bound(attention.backward_of_ones, trie, *sizes, keeps_out=False)
+        cases.append(Case("attention_backward", f"{name}-formed", formed, True))
     for name, sizes in HEADS.items():
         for op, make in (
             ("attention_forward", attention.forward_one_hot),

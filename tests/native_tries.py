@@ -101,6 +101,8 @@ TRIES = {
     ),
 }
 
+# Queries of one tile that look at keys far apart.
+FAR_READS = Trie(((-1, 300), (0, 5)), ((1, 0),), reads=((0, (1, 150, 290)), (1, (3,))))
 # More lanes than one backward takes through its tiles together.
 CROWD = Trie(((-1, 3), (0, 7), *((1, 1) for _ in range(37))), tuple((2 + i, 1) for i in range(37)))
 
@@ -181,7 +183,9 @@ def backward(
     softcap: float = 0.0,
     gain: float = 1.5,
     equal_keys: bool = False,
+    keeps_out: bool = True,
 ) -> Arguments:
+    """Without `keeps_out` a float32 model has no `out`."""
     a = shape(draw, trie, heads, kv_heads, head_dim, gain)
     runs: list[list[int]] = []
     blocks: list[list[int]] = []
@@ -215,7 +219,8 @@ def backward(
     a["grad_out"] = draw.stored(query_rows, heads, head_dim, scale=0.02)
     a["key_rows"] = key_rows
     kept = attention_oracle(a | {"blocks": a["blocks"][:, :3]}, EXACT)
-    return a | {name: kept[name].float() for name in ("out", "lse")}
+    a |= {name: kept[name].float() for name in ("out", "lse")}
+    return a if keeps_out or draw.dtype != torch.float32 else a | {"out": None}
 
 
 # --- integers -------------------------------------------------------------------------------------
@@ -272,7 +277,8 @@ def backward_of_ones(draw: Draw, trie: Trie, *sizes: int, **options: Any) -> Arg
     a["grad_out"] = draw.integers(*a["grad_out"].shape, most=1)
     for name in ("v", "grad_out"):
         a[name] = a[name].to(draw.dtype)
-    return a | {"out": _sums_of_values(a), "lse": torch.zeros_like(a["lse"])}
+    out = None if a["out"] is None else _sums_of_values(a)
+    return a | {"out": out, "lse": torch.zeros_like(a["lse"])}
 
 
 def _sums_of_values(a: Arguments) -> Tensor:

@@ -53,6 +53,16 @@ def _forced(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def test_a_model_that_is_mostly_mlp_keeps_no_output_of_attention() -> None:
+    model = model_of("qwen3", intermediate_size=240)
+    decoder = FrozenDecoder(model)
+    assert not decoder.backend().keeps_attended and not decoder.shape.keeps_attended
+    check_float32(model, group())
+    check_float32(model, long_group())
+    wide = FrozenDecoder(model_of("qwen3", intermediate_size=240, dtype=torch.bfloat16))
+    assert wide.backend().keeps_attended and FrozenDecoder(model_of("qwen3")).shape.keeps_attended
+
+
 def test_it_is_the_native_kernels_that_are_tested() -> None:
     assert FrozenDecoder(model_of("llama")).backend().name == "native"
     with pytest.raises(BackendError, match="head_dim 8 is not a multiple of 16"):

@@ -83,15 +83,17 @@ class BackwardTask {
           live_(in.segment_count),
           mine_(group_.runs),
           gathered_at_(group_.runs),
-          gathererow_sums_(place_runs()),
-          dk_(gathererow_sums_ * d_),
-          dv_(gathererow_sums_ * d_),
+          gathered_rows_(place_runs()),
+          dk_(gathered_rows_ * d_),
+          dv_(gathered_rows_ * d_),
           keys_by_column_(length * d_),
           values_by_column_(length * d_),
           keys_by_row_(length * d_),
+          values_by_row_(in.out == nullptr ? length * d_ : 0),
           lanes_at_once_(smaller(most_lanes(), kLanesAtOnce)),
           queries_(kBackwardRows * d_),
           grads_(lanes_at_once_ * kBackwardRows * d_),
+          attended_(in.out == nullptr ? kBackwardRows * d_ : 0),
           row_sums_(lanes_at_once_ * kBackwardRows),
           dq_(lanes_at_once_ * kBackwardRows * d_),
           p_(kBackwardRows * kKeyStep),
@@ -103,7 +105,7 @@ class BackwardTask {
           ds_pairs_(kPair > 1 ? kBackwardRows * kKeyStep : 0) {}
 
     void run() {
-        for (i64 i = 0; i < gathererow_sums_ * d_; i++) dk_[i] = dv_[i] = 0.0f;
+        for (i64 i = 0; i < gathered_rows_ * d_; i++) dk_[i] = dv_[i] = 0.0f;
         for (i64 b = group_.first; b < group_.stop; b++) {
             const BackwardBlock& block = in_.blocks[b];
             const LaneRange lanes = lanes_of(block);
@@ -154,11 +156,15 @@ class BackwardTask {
                 load_columns<T>(keys_by_column_, start, stop, k, k_.stride(), d_);
                 load_columns<T>(values_by_column_, start, stop, v, v_.stride(), d_);
                 load_by_row<T>(keys_by_row_, start, stop, k, k_.stride(), d_);
+                if (in_.out == nullptr)
+                    load_by_row<T>(values_by_row_, start, stop, v, v_.stride(), d_);
             },
             [&](i64 position) {
                 T* panel = values_by_column_ + position / kPanel * kPanel * d_;
                 for (i64 i = 0; i < d_; i++) {
-                    keys_by_row_[(position / kPair * d_ + i) * kPair + position % kPair] = T{};
+                    const i64 at = (position / kPair * d_ + i) * kPair + position % kPair;
+                    keys_by_row_[at] = T{};
+                    if (in_.out == nullptr) values_by_row_[at] = T{};
                     panel[packed_index<T>(i, position % kPanel)] = T{};
                 }
             });
@@ -190,13 +196,15 @@ class BackwardTask {
         const i64 backward_row = block.backward_row + t * block.lanes + lanes.first;
         for (i64 head = kv_head_ * heads; head < (kv_head_ + 1) * heads; head++) {
             load_rows(queries_, query_pairs_, q_.at(row, head), n, stride);
+            if (in_.out == nullptr) attend(row, n, head, positions, all);
             for (i64 c = 0; c < lanes.count; c++) {
                 const S* grad = grad_.at(backward_row + c, head);
                 load_rows(grads_ + c * lane_rows, grad_pairs_ + c * lane_rows, grad, n,
                           stride * block.lanes);
                 for (i64 i = 0; i < n; i++)
                     row_sums_[c * kBackwardRows + i] =
-                        dot(grad + i * stride * block.lanes, out_.at(row + i, head));
+                        dot(grad + i * stride * block.lanes,
+                            in_.out == nullptr ? attended_ + i * d_ : out_.at(row + i, head));
             }
             for (i64 low = all.low; low < all.stop; low += kKeyStep) {
                 const KeyRange keys(low, smaller(all.stop, low + kKeyStep));
@@ -220,6 +228,22 @@ class BackwardTask {
                     for (i64 d = 0; d < d_; d += kWidth)
                         store(dq + (i * block.lanes + c) * stride + d,
                               load(dq_ + c * lane_rows + i * d_ + d));
+        }
+    }
+
+    // What the forward gave for a tile, where it was not kept.
+    void attend(i64 row, i64 n, i64 head, const int64_t* positions, KeyRange all) {
+        for (i64 low = all.low; low < all.stop; low += kKeyStep) {
+            const KeyRange keys(low, smaller(all.stop, low + kKeyStep));
+            probabilities(row, n, head, positions, keys);
+            const T* p;
+            if constexpr (kPair > 1) {
+                for (i64 i = 0; i < n * keys.width; i += kWidth) store(ds_ + i, load(p_ + i));
+                p = ds_;
+            } else {
+                p = p_;
+            }
+            mix_values<T>(p, values_by_row_, d_, positions, n, keys, attended_, low > all.low);
         }
     }
 
@@ -364,13 +388,14 @@ class BackwardTask {
     Array<LiveRun> live_;
     Array<LaneRange> mine_;
     Array<i64> gathered_at_;
-    const i64 gathererow_sums_;
+    const i64 gathered_rows_;
     Array<float> dk_, dv_;
-    Array<T> keys_by_column_, values_by_column_, keys_by_row_;
+    Array<T> keys_by_column_, values_by_column_, keys_by_row_, values_by_row_;
     i64 live_count_ = 0, first_ = 0;
     const i64 lanes_at_once_;
     Array<T> queries_;       // of a tile
     Array<T> grads_;         // [lane][row][head_dim], as are dq_ and grad_pairs_
+    Array<float> attended_;  // [row][head_dim]
     Array<float> row_sums_;  // [lane][row]
     Array<float> dq_;
     Array<float> p_, slope_;  // [row][key], of a step

@@ -31,9 +31,12 @@ inline void soft_cap(float* row, i64 count, float cap, float* slope) {
     }
 }
 
-// exp(scores - their largest) as operands; returns the largest, and their sum before rounding.
+// exp(scores - their largest) as operands; returns the largest, their sum, and that of the
+// operands. The weights of a mean add up to one: what all values have in common must not feel their
+// rounding.
 template <class T>
-G2R_INLINE void exponentiate(const float* scores, T* out, i64 width, float& most, float& total) {
+G2R_INLINE void exponentiate(const float* scores, T* out, i64 width, float& most, float& total,
+                             float& rounded) {
     vf highs[4];  // in four chains
     for (int n = 0; n < 4; n++) highs[n] = load(scores);
     i64 at = 0;
@@ -43,13 +46,15 @@ G2R_INLINE void exponentiate(const float* scores, T* out, i64 width, float& most
     for (; at < width; at += kWidth) highs[0] = maximum(load(scores + at), highs[0]);
     most = largest(maximum(maximum(highs[0], highs[1]), maximum(highs[2], highs[3])));
     const vf shift = splat(most);
-    vf sums = {};
+    vf sums = {}, rounded_sums = {};
     for (i64 k = 0; k < width; k += kWidth) {
         const vf p = exp(load(scores + k) - shift);
         store(out + k, p);
         sums += p;
+        if constexpr (Pair<T>::size > 1) rounded_sums += load(out + k);
     }
     total = sum(sums);
+    rounded = Pair<T>::size > 1 ? sum(rounded_sums) : total;
 }
 
 template <class S, class T>
@@ -105,19 +110,19 @@ class ForwardTask {
             queries_, keys_, d, positions, n, keys,
             [&](i64 first, i64 column) { return Store{scores_at + first * ld + column, ld}; },
             [](i64, i64, i64, i64) {});
-        float total[kQueryRows];
+        float rounded[kQueryRows];
         for (i64 t = 0; t < n; t++) {
             float* scores = scores_ + t * ld;
             if (in_.softcap > 0.0f)
                 soft_cap(scores, positions[t] + 1 - keys.low, in_.softcap, nullptr);
             fill_hidden(scores, positions[t], keys, in_.window, -__builtin_inff());
-            float most;
-            exponentiate(scores, weights() + t * ld, ld, most, total[t]);
-            in_.lse[(row + t) * in_.heads + head] = most + logf(total[t]);
+            float most, total;
+            exponentiate(scores, weights() + t * ld, ld, most, total, rounded[t]);
+            in_.lse[(row + t) * in_.heads + head] = most + logf(total);
         }
         mix_values<T>(weights(), values_, d, positions, n, keys, mixed_, false);
         for (i64 t = 0; t < n; t++) {
-            const vf scale = splat(1.0f / total[t]);
+            const vf scale = splat(1.0f / rounded[t]);
             for (i64 i = 0; i < d; i += kWidth)
                 store(in_.out + ((row + t) * in_.heads + head) * d + i,
                       load(mixed_ + t * d + i) * scale);

@@ -31,7 +31,7 @@ void each_chunk(i64 rows, i64 most, const Body& body) {
     for (i64 start = 0; start < rows; start += chunk) body(start, smaller(chunk, rows - start));
 }
 
-// Rows of storage as what products multiply: themselves, or converted.
+// Rows as what products multiply: themselves, or converted.
 template <class S, class T>
 class Operands {
  public:
