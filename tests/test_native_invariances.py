@@ -178,14 +178,11 @@ def test_what_all_values_have_in_common_cancels(dtype: torch.dtype) -> None:
     a = attention.backward(Draw(dtype, 5), TRIES["long"], *HEADS["d16-group4"])
     a["v"] = (a["v"] + 30).to(dtype)
     a |= run("attention_forward", a | {"blocks": a["blocks"][:, :3].contiguous()})
-    truth = ORACLES["attention_backward"](a, EXACT)
-    loop = None if dtype == torch.float32 else ORACLES["attention_backward"](a, plain(dtype))
-    got = run("attention_backward", a)
-    if dtype == torch.float32:  # one rounding of what cancels, of 30 times the size
-        for name in ("dq", "dk"):
-            assert near(got[name], truth[name], limit=30 * FLOAT32) is None, name
-    else:
-        assert judge("attention_backward", a, got, truth, loop) == {}
+    truth, got = ORACLES["attention_backward"](a, EXACT), run("attention_backward", a)
+    # In float32 the rounding of what cancels, of 30 times the size.
+    limit = 30 * FLOAT32 if dtype == torch.float32 else 2.0**-7
+    for name in ("dq", "dk"):
+        assert near(got[name], truth[name], limit=limit) is None, name
 
 
 @pytest.mark.parametrize("op", ["attention_forward", "attention_backward"])

@@ -31,6 +31,8 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     clean = {
         k: v for k, v in os.environ.items() if not k.endswith("SAN_OPTIONS") and k != "G2R_CPU"
     }
+    # Memory comes full of NaN: what is read before it was written spreads.
+    clean["ASAN_OPTIONS"] = "malloc_fill_byte=255:max_malloc_fill_size=1073741824"
     return subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
 
 
