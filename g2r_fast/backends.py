@@ -135,8 +135,8 @@ def choose(request: Request) -> Backend:
 
 
 def _forms_attended(request: Request) -> bool:
-    """Where the MLP is most of a layer, attention is little of the time, and float32 rows of its
-    output would be a large part of what may be kept."""
+    """Where the MLP is most of a layer, attention is little of the time, and keeping its output
+    would not be worth the memory."""
     wide = request.intermediate > _WIDE_MLP * request.hidden
     return wide and request.dtype == torch.float32
 
