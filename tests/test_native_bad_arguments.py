@@ -258,6 +258,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("attention_forward", {"softcap": float("nan")}, "softcap"),
     ("attention_backward", {"window": -1}, "window"),
     ("attention_backward", {"softcap": float("inf")}, "softcap"),
+    ("attention_backward", {"out": None}, "out is missing"),
     ("embedding_scores", {"readout": 3}, "readout"),
     ("embedding_scores", {"readout": -1}, "readout"),
     ("attribution_rewards", {"temperature": 0.0}, "temperature"),

@@ -236,14 +236,8 @@ class BackwardTask {
         for (i64 low = all.low; low < all.stop; low += kKeyStep) {
             const KeyRange keys(low, smaller(all.stop, low + kKeyStep));
             probabilities(row, n, head, positions, keys);
-            const T* p;
-            if constexpr (kPair > 1) {
-                for (i64 i = 0; i < n * keys.width; i += kWidth) store(ds_ + i, load(p_ + i));
-                p = ds_;
-            } else {
-                p = p_;
-            }
-            mix_values<T>(p, values_by_row_, d_, positions, n, keys, attended_, low > all.low);
+            if constexpr (kPair == 1)  // all models that come without are float32
+                mix_values<T>(p_, values_by_row_, d_, positions, n, keys, attended_, low > all.low);
         }
     }
 

@@ -163,7 +163,7 @@ struct AttentionBackward {
     const void* q;
     const void* k;
     const void* v;
-    const float* out;  // of the forward, as is lse; null: formed again
+    const float* out;  // of the forward, as is lse; null, in float32 only: formed again
     const float* lse;
     const void* grad_out;  // [query_rows][heads][head_dim] storage
     const Segment* segments;
