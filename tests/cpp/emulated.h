@@ -7,6 +7,8 @@
 //     thread that covers it;
 //   - threads run in ascending, descending or random order (by warps, each as far as it gets), so
 //     that a missing barrier lets some of them read what is not there yet or no longer;
+//   - what wgmma reads and writes is in flight until the wgmma_wait that covers it, and needs
+//     fences (emulated_warpgroup.h);
 //   - a collective that not all threads reach, or not the same one, ends the launch with an error;
 //   - so do addresses outside shared memory or not aligned, where they pass through a function
 //   here.
@@ -25,6 +27,7 @@
 
 #include "emulated_block.h"
 #include "emulated_numbers.h"
+#include "emulated_warpgroup.h"
 
 #define G2R_GLOBAL
 #define G2R_DEVICE inline
@@ -142,8 +145,10 @@ inline char* shared_memory() { return emulated::block->shared; }
 
 inline void sync_block(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (emulated::pass_over("sync_block", file, line)) return;
-    emulated::meet_block(emulated::Wait::block, nullptr,
-                         [](void**) { ++emulated::counts.barriers; });
+    emulated::meet_block(emulated::Wait::block, nullptr, [](void**) {
+        ++emulated::counts.barriers;
+        emulated::note_block_barrier();
+    });
 }
 inline void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (emulated::pass_over("sync_warp", file, line)) return;
@@ -158,6 +163,7 @@ inline void cp_async_16(void* shared, const void* global, bool valid) {
     emulated::Copy copy = {shared, {}, emulated::running->group};
     if (valid) std::memcpy(copy.bytes, global, 16);
     std::memset(shared, 0xff, 16);
+    emulated::note_copy(shared);
     emulated::running->copies.push_back(copy);
     ++emulated::counts.copies;
 }
@@ -176,6 +182,7 @@ void cp_async_wait(const char* file = __builtin_FILE(), int line = __builtin_LIN
     for (const emulated::Copy& copy : copies) {
         if (copy.group < until) {
             std::memcpy(copy.to, copy.bytes, 16);
+            emulated::note_write(copy.to);
         } else {
             copies[kept++] = copy;
         }
@@ -239,6 +246,7 @@ inline bool any_of_block(bool value) {
     emulated::meet_block(emulated::Wait::any_of_block, &value, [](void** arguments) {
         emulated::any(arguments, emulated::block->threads);
         ++emulated::counts.barriers;
+        emulated::note_block_barrier();
     });
     return value;
 }
@@ -303,6 +311,7 @@ inline Words load_16(const void* from) {
 inline void store_16(void* to, const Words& words) {
     emulated::check_aligned(to, "store_16");
     std::memcpy(to, &words, 16);
+    if (emulated::in_shared_memory(to)) emulated::note_write(to);
 }
 
 // ------------------------------------------------------------------------------------ the launch
@@ -362,5 +371,13 @@ __attribute__((used, visibility("default"))) inline void g2r_emulated_counts(lon
                               counts.conflicts, counts.copies,   counts.barriers};
     std::copy(now, now + 6, six);
     g2r::gpu::emulated::counts = {};
+}
+// wgmma, the bank conflicts of its reads since the last call.
+__attribute__((used, visibility("default"))) inline void g2r_emulated_warpgroup_counts(
+    long long* two) {
+    auto& counts = g2r::gpu::emulated::warpgroup_counts;
+    two[0] = counts.products;
+    two[1] = counts.conflicts;
+    counts = {};
 }
 }

@@ -83,7 +83,9 @@ inline bool pass_over(const char* what, const char* file, int line) {
     int at = 0;
     for (; at < static_cast<int>(sites.size()); ++at) {
         const Site& site = sites[static_cast<std::size_t>(at)];
-        if (site.line == line && std::strcmp(site.file, file) == 0) break;
+        if (site.line == line && std::strcmp(site.file, file) == 0 &&
+            std::strcmp(site.what, what) == 0)
+            break;
     }
     if (at == static_cast<int>(sites.size())) sites.push_back({what, file, line});
     return at == passed_over;
@@ -167,6 +169,8 @@ inline void tell_deadlock() {
     fail(what);
 }
 
+inline void begin_block(Order how, unsigned seed);  // in emulated_warpgroup.h
+
 inline void run_block(Order how, std::mt19937& generator) {
     const auto runnable = [](const Fiber& fiber) { return fiber.wait == Wait::none; };
     for (Fiber& fiber : block->fibers) prepare(fiber);
@@ -227,8 +231,9 @@ inline int run(Grid grid, int threads, int shared_bytes, void (*call)(void*), vo
             for (here.x = 0; here.x < grid.x && !here.failed; ++here.x, ++number) {
                 memory.poison();
                 std::mt19937 generator(static_cast<unsigned>(number));
-                run_block(order == Order::mixed ? static_cast<Order>(number % 3) : order,
-                          generator);
+                const Order how = order == Order::mixed ? static_cast<Order>(number % 3) : order;
+                begin_block(how, static_cast<unsigned>(number));
+                run_block(how, generator);
                 ++counts.blocks;
                 if (!here.failed && !memory.guards_untouched())
                     fail("wrote outside its shared memory");

@@ -67,6 +67,10 @@ enum class Wait {
     matrices,
     transposed,
     shuffle,
+    wgmma,
+    wgmma_fence,
+    wgmma_commit,
+    wgmma_wait,
     finished,
     failed
 };
@@ -93,6 +97,14 @@ inline const char* name_of(Wait wait) {
             return "ldmatrix_x4_transposed";
         case Wait::shuffle:
             return "a shuffle";
+        case Wait::wgmma:
+            return "wgmma";
+        case Wait::wgmma_fence:
+            return "wgmma_fence";
+        case Wait::wgmma_commit:
+            return "wgmma_commit";
+        case Wait::wgmma_wait:
+            return "wgmma_wait";
         case Wait::finished:
             return "its end";
         case Wait::failed:
@@ -196,12 +208,15 @@ G2R_UNSEEN inline void to_fiber(Fiber& fiber) {
     running = nullptr;
 }
 
+inline void end_thread();  // in emulated_warpgroup.h
+
 G2R_UNSEEN inline void entry() {
 #ifdef G2R_EMULATED_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &block->scheduler.bottom, &block->scheduler.size);
 #endif
     try {
         block->call(block->closure);
+        end_thread();
         running->wait = Wait::finished;
     } catch (const Failed&) {
         running->wait = Wait::failed;

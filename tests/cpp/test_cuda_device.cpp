@@ -10,30 +10,11 @@
 #include <string>
 #include <vector>
 
-#include "device.cuh"
+#include "device_checks.h"
 
 namespace g2r::gpu {
 
 std::mt19937 generator(7);
-int failures = 0;
-
-void check(bool fine, const std::string& what) {
-    if (fine) return;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-    ++failures;
-}
-
-// Runs it in every order of threads.
-template <class Run>
-void in_every_order(const Run& run) {
-    for (const auto order : {emulated::Order::ascending, emulated::Order::descending,
-                             emulated::Order::random, emulated::Order::mixed}) {
-        emulated::order = order;
-        run();
-    }
-    emulated::order = emulated::Order::mixed;
-}
-
 // ---------------------------------------------------------------------------------- conversions
 
 template <typename T>
