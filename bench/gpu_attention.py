@@ -6,6 +6,7 @@ CPU, of plain PyTorch. Times are GPU times from events, with the L2 cache writte
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -192,10 +193,18 @@ class _Attention:
         }
 
 
-def _modules(device: torch.device) -> dict[str, str]:
+def _implementations(device: torch.device) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Module, and options of its functions."""
     if device.type != "cuda":
-        return {"eager": "g2r_fast.eager.attention"}
-    return {"triton": "g2r_fast.triton_attention", "native": "g2r_fast.cuda_attention"}
+        return {"eager": ("g2r_fast.eager.attention", {})}
+    native = "g2r_fast.cuda_attention"
+    found = {
+        "triton": ("g2r_fast.triton_attention", {}),
+        "native": (native, {"products": "mma"}),
+    }
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        found["native, wgmma"] = (native, {"products": "wgmma"})
+    return found
 
 
 def attention(
@@ -220,23 +229,25 @@ def attention(
     grads = backwards()
     their_backward = statistics.median(seconds_of(backwards, device, repeats=repeats, flush=True))
     found["flash_backward_ms"] = their_backward * 1e3
-    for name, path in _modules(device).items():
+    for name, (path, options) in _implementations(device).items():
         try:
             found[name] = entry = {}
             module = importlib.import_module(path)
-            at.forward(module)
+            run_forward = functools.partial(at.forward, module, **options)
+            run_backward = functools.partial(at.backward, module, **options)
+            run_forward()
             at.keep()
-            at.backward(module)
+            run_backward()
             errors = at.errors(flash_out, grads)
             entry["errors"] = errors
             if not max(errors.values()) <= limit:
                 entry["refused"] = f"errors against flash attention above {limit}"
                 continue
             forward = statistics.median(
-                seconds_of(lambda m=module: at.forward(m), device, repeats=repeats, flush=True)  # type: ignore[misc]
+                seconds_of(run_forward, device, repeats=repeats, flush=True)
             )
             backward = statistics.median(
-                seconds_of(lambda m=module: at.backward(m), device, repeats=repeats, flush=True)  # type: ignore[misc]
+                seconds_of(run_backward, device, repeats=repeats, flush=True)
             )
             entry |= {
                 "forward_ms": forward * 1e3,

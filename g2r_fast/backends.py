@@ -167,10 +167,11 @@ def check_not_forced(reasons: Sequence[str]) -> None:
 def wanted_backend() -> str:
     """What `G2R_BACKEND` asks for, "auto" where nothing.
 
-    Raises InputError where it, or `G2R_BUILD`, has no such value: also where nothing is to be
-    built, as whoever sets it wants to know.
+    Raises InputError where it, `G2R_BUILD` or `G2R_PRODUCTS` has no such value: also where nothing
+    is to be built or multiplied, as whoever sets it wants to know.
     """
     native.may_build()
+    cuda_attention.wanted_products()
     wanted = os.environ.get(VARIABLE, "") or "auto"
     if wanted not in ("auto", *BACKENDS):
         raise InputError(
@@ -216,7 +217,8 @@ def _cuda_reasons(request: Request) -> list[str]:
 
 
 def _favours_triton(device: torch.device) -> bool:
-    """Its products are wgmma there, ours mma.sync: bench/results/gpu.json has both."""
+    """Its products are wgmma there, ours mma.sync: bench/results/gpu.json has both. Our own wgmma
+    (`G2R_PRODUCTS`) was never run."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -249,4 +251,6 @@ def _kernels(backend: str, on_gpu: bool) -> str:
     if not on_gpu:
         return str(torch.ops.g2r_fast.cpu_kernels())
     triton = f"triton {triton_version()}{' interpreted' if is_interpreted() else ''}"
-    return triton if backend == "triton" else f"CUDA attention, {triton}"
+    if backend == "triton":
+        return triton
+    return f"CUDA attention by {cuda_attention.wanted_products()}, {triton}"

@@ -120,13 +120,15 @@ CPU_OPS = Part(
 CUDA_OPS = Part(
     name="_cuda_ops",
     patterns=("cuda/*",),
-    # Code for Ampere and Hopper, and PTX from which the driver makes code for what comes later.
+    # Code for Ampere and for Hopper (sm_90a: its warpgroups' products), and PTX from which the
+    # driver makes code for what comes later.
     flags=(
         "-O3",
         "-std=c++17",
         "--threads=2",
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
         "--cudart=static",  # no libcudart is looked for at run time
         "-Xcompiler=-fPIC,-fvisibility=hidden,-g0",
     ),

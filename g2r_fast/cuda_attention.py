@@ -6,15 +6,20 @@ the functions here make the tables.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from . import cuda_ops
 from .device_tables import backward_tiles, forward_tiles
+from .errors import InputError
 from .tables import QueryTables
 
-__all__ = ["attention_backward", "attention_forward", "serves"]
+__all__ = ["VARIABLE", "attention_backward", "attention_forward", "serves", "wanted_products"]
 
+VARIABLE = "G2R_PRODUCTS"
 _OLDEST = (8, 0)  # compute capability: cp.async, and products of bfloat16
+_WARPGROUPS = (9, 0)  # the one whose warpgroups multiply
 
 
 def serves(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
@@ -32,7 +37,24 @@ def serves(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | Non
     if capability < _OLDEST:
         major, minor = capability
         return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, older than sm_80"
+    if wanted_products() == "wgmma" and capability != _WARPGROUPS:
+        major, minor = capability
+        name = torch.cuda.get_device_name(device)
+        return f"{VARIABLE}=wgmma is for sm_90, and {name} is sm_{major}{minor}"
     return cuda_ops.load() or cuda_ops.library().probe(device)
+
+
+def wanted_products() -> str:
+    """How the kernels multiply, as `G2R_PRODUCTS` has it: "mma" by default, or "wgmma".
+
+    Raises InputError where it has another value.
+    """
+    wanted = os.environ.get(VARIABLE, "") or "mma"
+    if wanted not in cuda_ops.PRODUCTS:
+        raise InputError(
+            f"{VARIABLE} names no products", expected=" | ".join(cuda_ops.PRODUCTS), got=wanted
+        )
+    return wanted
 
 
 def attention_forward(
@@ -45,6 +67,7 @@ def attention_forward(
     *,
     window: int | None,
     softcap: float,
+    products: str | None = None,
 ) -> None:
     """`out = softmax(cap(q @ k.T) + causal) @ v` and `lse = logsumexp(cap(q @ k.T) + causal)`.
 
@@ -60,12 +83,14 @@ def attention_forward(
         lse: [queries, heads] float32, written; natural logarithm.
         window: keys that a query sees, itself among them; None: all.
         softcap: 0 for none.
+        products: "mma" or "wgmma"; None: as `wanted_products`.
     """
-    sizes = cuda_ops.library().tile_sizes(q.shape[2])
+    products = products or wanted_products()
+    sizes = cuda_ops.library().tile_sizes(q.shape[2], products)
     tiles = forward_tiles(queries, q.shape[1] // k.shape[1], sizes.forward_rows, q.device)
     torch.ops.g2r_fast.cuda_attention_forward(
-        q, k, v, out, lse, tiles.segments, tiles.positions, tiles.tiles, window, softcap
-    )
+        q, k, v, out, lse, tiles.segments, tiles.positions, tiles.tiles, window, softcap, products,
+    )  # fmt: skip
 
 
 def attention_backward(
@@ -82,6 +107,7 @@ def attention_backward(
     *,
     window: int | None,
     softcap: float,
+    products: str | None = None,
 ) -> None:
     """The gradients of `attention_forward` with respect to q, k and v, lane by lane.
 
@@ -94,27 +120,29 @@ def attention_backward(
         grad_out: [B, heads, head_dim] in q's dtype.
         dq: as grad_out, written.
         dk, dv: [B_keys, kv_heads, head_dim] float32, written.
-        window, softcap: as in attention_forward.
+        window, softcap, products: as in attention_forward.
     """
-    sizes = cuda_ops.library().tile_sizes(q.shape[2])
+    products = products or wanted_products()
+    sizes = cuda_ops.library().tile_sizes(q.shape[2], products)
     group = q.shape[1] // k.shape[1]
     tiles = backward_tiles(queries, group, sizes.backward_rows, sizes.backward_keys, q.device)
     torch.ops.g2r_fast.cuda_attention_backward(
         q, k, v, out, lse, grad_out, dq, dk, dv,
         tiles.segments, tiles.positions, tiles.entries,
-        tiles.query_tiles, tiles.keys, tiles.key_tiles, window, softcap,
+        tiles.query_tiles, tiles.keys, tiles.key_tiles, window, softcap, products,
     )  # fmt: skip
 
 
 _SCHEMAS = {
     "cuda_attention_forward": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor segments, "
-        "Tensor positions, Tensor tiles, int? window, float softcap) -> ()"
+        "Tensor positions, Tensor tiles, int? window, float softcap, str products) -> ()"
     ),
     "cuda_attention_backward": (
         "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor(a!) dq, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor segments, Tensor positions, Tensor entries, "
-        "Tensor query_tiles, Tensor key_runs, Tensor key_tiles, int? window, float softcap) -> ()"
+        "Tensor query_tiles, Tensor key_runs, Tensor key_tiles, int? window, float softcap, "
+        "str products) -> ()"
     ),
 }
 

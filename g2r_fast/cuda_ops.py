@@ -21,6 +21,7 @@ from .native import NativeStatus
 __all__ = [
     "DTYPES",
     "HEAD_DIMS",
+    "PRODUCTS",
     "Kernel",
     "Library",
     "TileSizes",
@@ -30,10 +31,11 @@ __all__ = [
     "use",
 ]
 
-_INTERFACE = 1  # as in csrc/cuda/attention.h
+_INTERFACE = 2  # as in csrc/cuda/attention.h
 _NO_SUCH_KERNEL = 10010
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 HEAD_DIMS = (64, 128)
+PRODUCTS = {"mma": 0, "wgmma": 1}  # of warps, on every GPU; of Hopper's warpgroups
 _ALL = 2**31 - 1  # a window that no position leaves
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -45,7 +47,8 @@ class _Forward(ctypes.Structure):
         *((name, _POINTER) for name in ("segments", "positions", "tiles")),
         *((name, _INT64) for name in ("queries", "keys")),
         ("tile_count", _INT32),
-        *((name, _INT32) for name in ("heads", "kv_heads", "head_dim", "dtype", "window")),
+        *((name, _INT32) for name in ("heads", "kv_heads", "head_dim", "dtype", "products")),
+        ("window", _INT32),
         ("softcap", ctypes.c_float),
     ]
 
@@ -57,7 +60,8 @@ class _Backward(ctypes.Structure):
         *((name, _POINTER) for name in ("entries", "query_tiles", "key_runs", "key_tiles")),
         *((name, _INT64) for name in ("queries", "keys", "rows", "key_rows")),
         *((name, _INT32) for name in ("query_tile_count", "key_tile_count")),
-        *((name, _INT32) for name in ("heads", "kv_heads", "head_dim", "dtype", "window")),
+        *((name, _INT32) for name in ("heads", "kv_heads", "head_dim", "dtype", "products")),
+        ("window", _INT32),
         ("softcap", ctypes.c_float),
     ]
 
@@ -67,7 +71,10 @@ class _TileSizes(ctypes.Structure):
 
 
 class _Kernel(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("threads", _INT32), ("shared_bytes", _INT32)]
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        *((name, _INT32) for name in ("threads", "shared_bytes", "architecture")),
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class Kernel:
     name: str
     threads: int
     shared_bytes: int  # dynamic
+    architecture: int  # the only one that has code of it; 0: all from sm_80 on
 
 
 class Library:
@@ -116,9 +124,10 @@ class Library:
             error = self._library.g2r_probe()
         return f"{self._error(error).decode()} (error {error})" if error else None
 
-    def tile_sizes(self, head_dim: int) -> TileSizes:
+    def tile_sizes(self, head_dim: int, products: str) -> TileSizes:
         sizes = _TileSizes()
-        self._check(self._library.g2r_tile_sizes(head_dim, ctypes.byref(sizes)), "tile_sizes")
+        error = self._library.g2r_tile_sizes(head_dim, PRODUCTS[products], ctypes.byref(sizes))
+        self._check(error, "tile_sizes")
         return TileSizes(sizes.forward_rows, sizes.backward_rows, sizes.backward_keys)
 
     def kernels(self) -> list[Kernel]:
@@ -129,7 +138,8 @@ class Library:
             if error == _NO_SUCH_KERNEL:
                 return found
             self._check(error, "kernel")
-            found.append(Kernel(kernel.name.decode(), kernel.threads, kernel.shared_bytes))
+            sizes = kernel.threads, kernel.shared_bytes, kernel.architecture
+            found.append(Kernel(kernel.name.decode(), *sizes))
 
     def attention_forward(
         self,
@@ -143,6 +153,7 @@ class Library:
         tiles: torch.Tensor,
         window: int | None,
         softcap: float,
+        products: str,
     ) -> None:
         """See `cuda_attention.attention_forward`; the tables are those of `forward_tiles`."""
         queries, heads, head_dim = q.shape
@@ -168,6 +179,7 @@ class Library:
             kv_heads,
             head_dim,
             DTYPES[q.dtype],
+            PRODUCTS[products],
             _ALL if window is None else min(window, _ALL),
             softcap,
         )
@@ -192,6 +204,7 @@ class Library:
         key_tiles: torch.Tensor,
         window: int | None,
         softcap: float,
+        products: str,
     ) -> None:
         """See `cuda_attention.attention_backward`; the tables are those of `backward_tiles`."""
         queries, heads, head_dim = q.shape
@@ -230,6 +243,7 @@ class Library:
             kv_heads,
             head_dim,
             DTYPES[q.dtype],
+            PRODUCTS[products],
             _ALL if window is None else min(window, _ALL),
             softcap,
         )

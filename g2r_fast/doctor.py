@@ -23,6 +23,7 @@ __all__ = ["as_text", "examine", "remedy"]
 SETTINGS = {  # and what they are where nobody sets them
     "G2R_BACKEND": "auto",
     "G2R_CPU": "the best that runs here",
+    "G2R_PRODUCTS": "mma",
     "G2R_BUILD": "auto",
     "G2R_CACHE": "in the home folder",
 }

@@ -5,8 +5,9 @@
 Triton kernels come from the folder; CUDA kernels from csrc/cuda, or from the folder if one is
 given, where nvcc is found. Prints shared memory, registers, stack and spills as the assembler
 reports them. Fails on a kernel that does not compile (or with a warning), spills, keeps a stack
-frame or takes more shared memory than a block may have (the compilers themselves compile such a
-kernel without a word), and on a kernel file that lists no cases.
+frame, waits for products that were to run beside it, or takes more shared memory than a block may
+have (the compilers themselves compile such a kernel without a word), and on a kernel file that
+lists no cases.
 
 Triton kernels are compiled for sm_80 and sm_90 in every case that is shipped. For what is newer one
 case of each kernel and configuration is: bfloat16 where it takes that, no window and no cap where
@@ -221,7 +222,15 @@ class Kernel(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("threads", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
+        ("architecture", ctypes.c_int32),
     )
+
+
+class Launch(NamedTuple):
+    """What a kernel is launched with."""
+
+    shared_bytes: int
+    architecture: int  # the only one that has code of it; 0: all
 
 
 def cuda_archs(nvcc: str) -> list[int]:
@@ -236,7 +245,8 @@ def nvcc_log(nvcc: str, source: Path, arch: int) -> str:
     kind = "-c" if arch == REQUIRED[0] else "-cubin"
     with tempfile.TemporaryDirectory() as folder:
         output = ["-o", str(Path(folder) / "kernels.out")]
-        command = [nvcc, *CUDA_FLAGS, f"-arch=sm_{arch}", kind, str(source), *output]
+        target = "90a" if arch == 90 else str(arch)  # as building.py has it
+        command = [nvcc, *CUDA_FLAGS, f"-arch=sm_{target}", kind, str(source), *output]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
     if done.returncode != 0:
@@ -266,8 +276,13 @@ def cuda_reports(log: str) -> Iterator[tuple[str, Report]]:
         yield plain_name(name), parse_assembler_log(part, int(declared[1]) if declared else 0)
 
 
-def launch_table(source: Path) -> dict[str, int]:
-    """Bytes of shared memory that each kernel is launched with."""
+def products_that_wait(log: str) -> list[str]:
+    """What the assembler says of products of warpgroups (wgmma) that it could not leave in flight:
+    it adds waits, and the kernel is right and slow."""
+    return sorted(set(re.findall(r"\(C75\d\d\) (.*)", log)))
+
+
+def launch_table(source: Path) -> dict[str, Launch]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler to read the table of kernels with")
@@ -279,10 +294,11 @@ def launch_table(source: Path) -> dict[str, int]:
             raise RuntimeError(f"{compiler} returned {done.returncode}:\n{done.stderr[:4000]}")
         table = ctypes.CDLL(str(library)).g2r_kernel
         table.argtypes = (ctypes.c_int32, ctypes.POINTER(Kernel))
-        found: dict[str, int] = {}
+        found: dict[str, Launch] = {}
         kernel = Kernel()
         while table(len(found), ctypes.byref(kernel)) == 0:
-            found[kernel.name.decode()] = int(kernel.shared_bytes)
+            launch = Launch(int(kernel.shared_bytes), int(kernel.architecture))
+            found[kernel.name.decode()] = launch
         return found
 
 
@@ -293,14 +309,17 @@ def covers(entry: str, kernel: str) -> bool:
     return name == other and set(arguments) <= set(others)
 
 
-def with_dynamic(reports: dict[str, Report], table: dict[str, int]) -> dict[str, Report]:
-    """The reports with the shared memory of the launch added."""
+def with_dynamic(
+    reports: dict[str, Report], table: dict[str, Launch], arch: int
+) -> dict[str, Report]:
+    """The reports of kernels that have code there, with the shared memory of the launch added."""
     found = {}
     for kernel, report in reports.items():
-        dynamic = [size for entry, size in table.items() if covers(entry, kernel)]
-        if len(dynamic) != 1:
-            raise ValueError(f"{len(dynamic)} entries of g2r_kernel are about {kernel}")
-        found[kernel] = report._replace(shared=report.shared + dynamic[0])
+        launches = [launch for entry, launch in table.items() if covers(entry, kernel)]
+        if len(launches) != 1:
+            raise ValueError(f"{len(launches)} entries of g2r_kernel are about {kernel}")
+        if launches[0].architecture in (0, arch):
+            found[kernel] = report._replace(shared=report.shared + launches[0].shared_bytes)
     for entry in table:
         if not any(covers(entry, kernel) for kernel in reports):
             raise ValueError(f"g2r_kernel lists {entry}, which is not compiled")
@@ -328,21 +347,26 @@ class CudaSources:
         count = faults = 0
         for source, logs in self.logs.items():
             rows: dict[str, dict[int, Report]] = {}
-            complaints = []
+            complaints, failed = [], set()
             for arch, log in logs.items():
                 try:
-                    reports = with_dynamic(
-                        dict(cuda_reports(log.result())), self.tables[source].result()
-                    )
+                    told, table = dict(cuda_reports(log.result())), self.tables[source].result()
+                    complaints += [f"sm_{arch}: {x}" for x in products_that_wait(log.result())]
+                    reports = with_dynamic(told, table, arch)
                 except Exception as error:  # told below, and the remaining ones still looked at
                     complaints.append(f"{source.name}: sm_{arch}: {type(error).__name__}: {error}")
+                    failed.add(arch)
                     continue
                 for kernel, report in reports.items():
                     rows.setdefault(kernel, {})[arch] = report
                     complaints += [f"{kernel}: sm_{arch}: {x}" for x in report.faults(arch)]
             for kernel, by_arch in sorted(rows.items()):
                 cells = (
-                    " / ".join(map(str, by_arch[arch])) if arch in by_arch else "FAILED"
+                    " / ".join(map(str, by_arch[arch]))
+                    if arch in by_arch
+                    else "FAILED"
+                    if arch in failed
+                    else "-"  # another GPU's own
                     for arch in self.archs
                 )
                 print(f"{kernel:48}" + "".join(f"{cell:>28}" for cell in cells))

@@ -8,6 +8,7 @@ runs cases on a library and prints what is wrong with them: for a process with s
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +161,7 @@ def tables(a: Arguments) -> Any:
     )
 
 
-def run(op: str, a: Arguments) -> Outputs:
+def run(op: str, a: Arguments, products: str = "mma") -> Outputs:
     """Call the op with NaN in its outputs and around every tensor; nothing else may be written."""
     q, nan = a["q"], torch.nan
     written: dict[str, Tensor]
@@ -177,7 +178,8 @@ def run(op: str, a: Arguments) -> Outputs:
     inputs = {name: Guarded(a[name]) for name in read}
     outputs = {name: Guarded(x) for name, x in written.items()}
     both = [x.tensor for x in (*inputs.values(), *outputs.values())]
-    function(tables(a), *both, window=a["window"] or None, softcap=a["softcap"])
+    options = {"window": a["window"] or None, "softcap": a["softcap"], "products": products}
+    function(tables(a), *both, **options)
     for name, guard in (inputs | outputs).items():
         assert guard.unharmed(), f"{op} wrote beside {name}"
     for name, guard in inputs.items():
@@ -185,11 +187,11 @@ def run(op: str, a: Arguments) -> Outputs:
     return {name: guard.tensor for name, guard in outputs.items()}
 
 
-def faults(case: Case, dtype: torch.dtype) -> dict[str, str]:
+def faults(case: Case, dtype: torch.dtype, products: str = "mma") -> dict[str, str]:
     """What is wrong with each output."""
     a = arguments(case, dtype)
     try:
-        got = run(case.op, a)
+        got = run(case.op, a, products)
     except RuntimeError as error:
         return {"launch": str(error)}
     expected = truth(case, dtype)
@@ -203,11 +205,11 @@ def faults(case: Case, dtype: torch.dtype) -> dict[str, str]:
     return wrong
 
 
-def biased(op: str, dtype: torch.dtype) -> dict[str, str]:
+def biased(op: str, dtype: torch.dtype, products: str = "mma") -> dict[str, str]:
     """Outputs whose errors do not average out: of a factor that hides below one rounding."""
     make = attention.forward if op == "attention_forward" else attention.backward
     case = Case(op, "many-rows", lambda draw: make(draw, TRIES["tile-borders"], 4, 2, 64))
-    got, expected = run(op, arguments(case, dtype)), truth(case, dtype)
+    got, expected = run(op, arguments(case, dtype), products), truth(case, dtype)
     found = {name: unbiased(got[name], expected[name]) for name in expected}
     return {name: reason for name, reason in found.items() if reason}
 
@@ -258,7 +260,10 @@ class Emulation:
         numbers = (ctypes.c_longlong * 6)()
         self._library.g2r_emulated_counts(numbers)
         names = ("blocks", "products", "loads", "conflicts", "copies", "barriers")
-        return dict(zip(names, numbers, strict=True))
+        of_warpgroups = (ctypes.c_longlong * 2)()
+        self._library.g2r_emulated_warpgroup_counts(of_warpgroups)
+        names += ("warpgroup_products", "warpgroup_conflicts")
+        return dict(zip(names, (*numbers, *of_warpgroups), strict=True))
 
 
 @contextmanager
@@ -276,9 +281,10 @@ def main(path: Path, names: list[str]) -> int:
     wrong = {}
     with used(path):
         chosen = [case for case in CASES if not names or str(case) in names]
-        for i, case in enumerate(chosen):
-            dtype = DTYPES[i % 2]
-            wrong |= {f"{case} {dtype}": x for x in [faults(case, dtype)] if x}
+        for i, (case, products) in enumerate(itertools.product(chosen, cuda_ops.PRODUCTS)):
+            dtype = DTYPES[i // 2 % 2]
+            found = faults(case, dtype, products)
+            wrong |= {f"{case} {dtype} {products}": found} if found else {}
     print(wrong or "passed")
     return 1 if wrong or not chosen else 0
 

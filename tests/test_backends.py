@@ -127,6 +127,7 @@ REFUSED_BY_TRITON: dict[str, tuple[dict[str, Any], str]] = {
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As if there were an NVIDIA GPU, of compute capability 8.0, and Triton; nothing runs there."""
     monkeypatch.delenv("G2R_BACKEND", raising=False)
+    monkeypatch.delenv("G2R_PRODUCTS", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(triton_device, "triton_version", lambda: "3.9.0")
@@ -181,13 +182,17 @@ def test_gpus_that_are_too_old_or_not_nvidias(a_gpu: pytest.MonkeyPatch) -> None
 
 def test_a_gpu_with_and_without_our_attention(a_gpu: pytest.MonkeyPatch) -> None:
     backend = choose(GPU)
-    assert str(backend) == "native: CUDA attention, triton 3.9.0" and backend.on_gpu
+    assert str(backend) == "native: CUDA attention by mma, triton 3.9.0"
+    assert backend.on_gpu
     assert triton_scoring.serves(GPU.device)
     # Where Triton has the faster one; but whoever asks for ours gets it.
     a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose(GPU).name == "triton" and "faster" in choose(GPU).refused["native"]
     a_gpu.setenv("G2R_BACKEND", "native")
     assert choose(GPU).name == "native"
+    a_gpu.setenv("G2R_PRODUCTS", "wgmma")
+    assert "attention by wgmma" in str(choose(GPU))
+    a_gpu.delenv("G2R_PRODUCTS")
     a_gpu.delenv("G2R_BACKEND")
     a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     a_gpu.setattr(cuda_attention, "serves", lambda *asked: "there is no nvcc")
@@ -251,7 +256,7 @@ def test_the_packed_engine_is_not_chosen_for_a_backend_that_cannot_serve(
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("engine", ["auto", "packed", "autograd"])
-@pytest.mark.parametrize("name", ["G2R_BACKEND", "G2R_BUILD"])
+@pytest.mark.parametrize("name", ["G2R_BACKEND", "G2R_BUILD", "G2R_PRODUCTS"])
 def test_a_setting_without_meaning_is_told_though_nothing_needs_it(
     name: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,10 +258,10 @@ def test_every_tool_runs_over_the_cuda_kernels(tmp_path, monkeypatch, nvcc):
         assert len(commands) == 2 and len(run.failed) == 1
         return
     compiled, bare, *tools = commands[:-2]
-    assert compiled[0] == nvcc and "-arch=sm_90" in compiled and bare == compiled[-1:]
+    assert compiled[0] == nvcc and "-arch=sm_90a" in compiled and bare == compiled[-1:]
     assert [words[2] for words in tools] == list(gpu.TOOLS)
     assert all(bare[0] in words for words in tools)
-    assert ["--uninitialised" in words for words in tools] == [False, False, True, False]
+    assert ["--uninitialised" in words for words in tools] == [False, True, False, False]
     assert run.failed == ["sanitize: racecheck: cuda_small: it found errors"]
 
 
@@ -280,10 +280,11 @@ def cuda_small(tmp_path_factory):
 
 
 def test_the_program_for_compute_sanitizer_finds_the_kernels_right(cuda_small):
-    words = [cuda_small, "--uninitialised", "bf16-dim64-group1-window77-softcap"]
+    cases = [f"bf16-dim64-group1-{products}-window77-softcap" for products in ("mma", "wgmma")]
+    words = [cuda_small, "--uninitialised", *cases]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("1 cases on a cpu, 0 wrong\n")
+    assert done.stdout.endswith("2 cases on a cpu, 0 wrong\n")
     assert subprocess.run([cuda_small, "no such case"], check=False).returncode == 1
 
 

@@ -108,7 +108,8 @@ def test_a_build_asks_for_both_architectures_and_ptx(package, nvcc_stub, tmp_pat
     assert building.problem_of(CUDA_OPS, path, package) is None
     assert ctypes.CDLL(str(path)).answer() == 41
     asked = nvcc_stub.read_text()
-    for word in ("code=sm_80", "[sm_90,compute_90]", "--cudart=static", "-fvisibility=hidden"):
+    code = ("code=sm_80", "code=sm_90a", "code=compute_90")
+    for word in (*code, "--cudart=static", "-fvisibility=hidden"):
         assert word in asked
     (package.parent / "csrc/cuda/more.cuh").write_text("// another header\n")
     assert "built from other sources" in building.problem_of(CUDA_OPS, path, package)
@@ -173,6 +174,21 @@ def test_who_is_served():
     assert "head_dim is 80, not 64 or 128" in str(cuda_attention.serves(torch.float16, 80, gpu))
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_products_of_warpgroups_are_for_one_capability(capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(cuda_ops, "load", lambda: "asked for the library")
+    gpu = torch.device("cuda")
+    asked = cuda_attention.serves(torch.bfloat16, 64, gpu)
+    assert asked == "asked for the library"
+    monkeypatch.setenv("G2R_PRODUCTS", "wgmma")
+    refused = f"G2R_PRODUCTS=wgmma is for sm_90, and a card is sm_{capability[0]}0"
+    expected = asked if capability == (9, 0) else refused
+    assert cuda_attention.serves(torch.bfloat16, 64, gpu) == expected
+
+
 @pytest.mark.skipif(building.find_nvcc() is None, reason="no nvcc on this machine")
 def test_the_real_sources_build_and_need_no_cuda_library(tmp_path):
     path = ROOT / "g2r_fast" / CUDA_OPS.file_name  # of these sources, if the install built it
@@ -182,6 +198,6 @@ def test_the_real_sources_build_and_need_no_cuda_library(tmp_path):
     assert building.problem_of(CUDA_OPS, path, ROOT / "g2r_fast") is None
     library = cuda_ops.Library(path)
     assert library.device_type == "cuda"
-    assert len(library.kernels()) == 10
+    assert len(library.kernels()) == 20
     needed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed and "libtorch" not in needed

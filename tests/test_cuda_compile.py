@@ -14,7 +14,7 @@ NVCC = building.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 
 SOURCE = """
-#include "device.cuh"
+#include "device_warpgroup.cuh"
 
 namespace g2r::gpu {
 
@@ -34,6 +34,31 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(1024, 1) spilling(float* out) {
     for (int i = 0; i < size; ++i) out[i * 1024 + thread_index()] = x[i];
 }
 
+G2R_GLOBAL void of_hopper(float* out) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    out[thread_index()] = 1.0f;
+#else
+    (void)out;
+#endif
+}
+
+G2R_GLOBAL void touches_a_result_in_flight(float* out) {
+#if G2R_WARPGROUPS
+    const std::uint64_t tile = matrix_descriptor(shared_memory(), 16, 1024);
+    float d[8][4] = {};
+    wgmma_fence();
+    wgmma<bf16, false>(d, tile, tile, true);
+    d[0][0] += out[0];
+    wgmma<bf16, false>(d, tile, tile, true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    G2R_UNROLL
+    for (int i = 0; i < 32; ++i) out[i] = d[i / 4][i % 4];
+#else
+    (void)out;
+#endif
+}
+
 G2R_GLOBAL void on_stack(float* out) {
     float x[64];
     for (int i = 0; i < 64; ++i) x[i] = out[i];
@@ -45,6 +70,8 @@ int use(float* out) {
     int error = launch(fine<bf16, 64>, Grid{}, 32, 0, nullptr, out);
     if (error == 0) error = launch(fine<f16, 128>, Grid{}, 32, 0, nullptr, out);
     if (error == 0) error = launch(spilling<128>, Grid{}, 32, 0, nullptr, out);
+    if (error == 0) error = launch(of_hopper, Grid{}, 32, 0, nullptr, out);
+    if (error == 0) error = launch(touches_a_result_in_flight, Grid{}, 128, 8192, nullptr, out);
     if (error == 0) error = launch(on_stack, Grid{}, 32, 0, nullptr, out);
     return error;
 }
@@ -53,7 +80,7 @@ int use(float* out) {
 
 struct Kernel {
     const char* name;
-    int threads, shared_bytes;
+    int threads, shared_bytes, architecture;
 };
 
 extern "C" int use(float* out) { return g2r::gpu::use(out); }
@@ -65,8 +92,11 @@ extern "C" int g2r_kernel(int index, Kernel* kernel) {
     return 0;
 }
 """
-TABLE = '{"fine<64>", 32, 1000}, {"fine<128>", 32, 232449}, {"spilling<128>", 32, 0}, '
-LAST = '{"on_stack", 32, 0}'
+TABLE = (
+    '{"fine<64>", 32, 1000, 0}, {"fine<128>", 32, 232449, 0}, {"spilling<128>", 32, 0, 0}, '
+    '{"of_hopper", 32, 200000, 90}, {"touches_a_result_in_flight", 128, 8192, 90}, '
+)
+LAST = '{"on_stack", 32, 0, 0}'
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +121,10 @@ def test_every_planted_fault_is_seen(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = [line.strip() for line in out.splitlines() if "FAULT" in line]
     assert faults == len(told)
     assert not any("fine<bf16, 64>" in line for line in told)
+    # Too much for sm_80, which has no code of it.
+    assert rows["of_hopper"].split()[1:4] == ["-", "200000", "/"]
+    assert not any("of_hopper" in line for line in told)
+    assert any("serialized" in line and "touches_a_result_in_flight" in line for line in told)
     for arch in (80, 90):
         about = [line for line in told if f": sm_{arch}: " in line]
         assert any("spilling<128>" in line and "of spills" in line for line in about)
@@ -106,7 +140,7 @@ def test_every_planted_fault_is_seen(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (SOURCE.replace("TABLE", TABLE.rstrip(", ")), "0 entries of g2r_kernel are about on_stack"),
         (
-            SOURCE.replace("TABLE", TABLE + LAST + ', {"gone<64>", 32, 0}'),
+            SOURCE.replace("TABLE", TABLE + LAST + ', {"gone<64>", 32, 0, 0}'),
             "g2r_kernel lists gone<64>, which is not compiled",
         ),
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 import torch
 from emulated_cuda import DTYPES, Case, Emulation
 from native_calls import COMPILER, bits
+from native_oracles import Outputs
 
 from g2r_fast import cuda_ops
 
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE_TEST = ROOT / "tests" / "cpp" / "test_cuda_device.cpp"
 INCLUDES = [f"-I{ROOT / 'tests' / 'cpp'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 OPS = ("attention_forward", "attention_backward")
+PRODUCTS = pytest.mark.parametrize("products", ["mma", "wgmma"])
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine"),
@@ -82,28 +85,36 @@ def test_overruns_of_one_byte_are_seen(device_test: Path) -> None:
 # --- the kernels ----------------------------------------------------------------------------------
 
 
+@PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_integers_are_exact(op: str, dtype: torch.dtype, emulation: Emulation) -> None:
-    found = {str(case): cuda.faults(case, dtype) for case in cuda.select(op, integers=True)}
+def test_integers_are_exact(
+    op: str, dtype: torch.dtype, products: str, emulation: Emulation
+) -> None:
+    cases = cuda.select(op, integers=True)
+    found = {str(case): cuda.faults(case, dtype, products) for case in cases}
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 
+@PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_random_arguments_at_the_scale_of_real_ones(
-    op: str, dtype: torch.dtype, emulation: Emulation
+    op: str, dtype: torch.dtype, products: str, emulation: Emulation
 ) -> None:
     # The dtypes are two instances of one template, which the integers go through whole.
     cases = cuda.select(op, integers=False)[:: 1 if dtype == torch.bfloat16 else 3]
-    found = {str(case): cuda.faults(case, dtype) for case in cases}
+    found = {str(case): cuda.faults(case, dtype, products) for case in cases}
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 
+@PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_errors_average_out(op: str, dtype: torch.dtype, emulation: Emulation) -> None:
-    assert not cuda.biased(op, dtype)
+def test_errors_average_out(
+    op: str, dtype: torch.dtype, products: str, emulation: Emulation
+) -> None:
+    assert not cuda.biased(op, dtype, products)
 
 
 # Several tiles of queries and keys, a window, a cap, both sizes of a head.
@@ -111,18 +122,22 @@ def demanding(op: str) -> list[Case]:
     return [case for case in cuda.select(op, integers=False) if case.name.startswith("several-")]
 
 
-def differences(case: Case, emulation: Emulation) -> list[str]:
-    """What differs between orders in which threads run."""
-    found = []
-    for order in (0, 1, 2):
-        with emulation.order(order):
-            try:
-                found.append(cuda.run(case.op, cuda.arguments(case, torch.bfloat16)))
-            except RuntimeError as error:
-                return [str(error)]
-    first, *others = found
-    names = [n for n in first if not all(torch.equal(bits(first[n]), bits(x[n])) for x in others)]
-    return names + [f"NaN in {name}" for name, x in first.items() if x.isnan().any()]
+ORDERS = (1, 2, 0)
+
+
+def ordered(case: Case, products: str, order: int, emulation: Emulation) -> Outputs | str:
+    """What it gives in one order of threads, or the error."""
+    with emulation.order(order):
+        try:
+            return cuda.run(case.op, cuda.arguments(case, torch.bfloat16), products)
+        except RuntimeError as error:
+            return str(error)
+
+
+def same(first: Outputs | str, second: Outputs | str) -> bool:
+    if isinstance(first, str) or isinstance(second, str):
+        return False
+    return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
 
 
 def in_a_process(question: Callable[[], bool]) -> bool | None:
@@ -135,54 +150,82 @@ def in_a_process(question: Callable[[], bool]) -> bool | None:
     return {10: False, 11: True}.get(code)
 
 
+@PRODUCTS
 @pytest.mark.parametrize("op", OPS)
-def test_the_order_of_threads_changes_no_bit(op: str, emulation: Emulation) -> None:
+def test_the_order_of_threads_changes_no_bit(op: str, products: str, emulation: Emulation) -> None:
     assert demanding(op)
     for case in demanding(op):
-        assert not differences(case, emulation)
+        first, *others = (ordered(case, products, order, emulation) for order in ORDERS)
+        assert not isinstance(first, str), first
+        assert not any(x.isnan().any() for x in first.values())
+        assert all(same(first, other) for other in others)
 
 
+KINDS = {
+    "mma": {"sync_block", "cp_async_commit", "cp_async_wait"},
+    "wgmma": {
+        "sync_block", "cp_async_commit", "cp_async_wait", "fence_async_proxy",
+        "wgmma_fence", "wgmma_commit", "wgmma_wait",
+    },
+}  # fmt: skip
+
+
+@PRODUCTS
 @pytest.mark.parametrize("op", OPS)
-def test_every_wait_is_needed(op: str, emulation: Emulation) -> None:
-    """Without any one of them, some result is wrong or depends on the order of threads.
+def test_every_wait_is_needed(op: str, products: str, emulation: Emulation) -> None:
+    """Without any one of them, some result is wrong in some order of threads.
 
     Not so of sync_warp: lanes meet at the shuffles and products around it too.
     """
     cases = sorted(demanding(op), key=lambda case: cuda.arguments(case, torch.bfloat16)["head_dim"])
-    for case in cases:
-        assert not differences(case, emulation)
-    waits = {i: x for i, x in enumerate(emulation.waits()) if op in x and "sync_warp" not in x}
-    assert {x.split()[0] for x in waits.values()} == {
-        "sync_block",
-        "cp_async_commit",
-        "cp_async_wait",
+    right = [ordered(case, products, 0, emulation) for case in cases]
+
+    def shows() -> bool:
+        return any(
+            not same(ordered(case, products, order, emulation), expected)
+            for case, expected in zip(cases, right, strict=True)
+            for order in ORDERS
+        )
+
+    assert not shows()
+    files = op if products == "mma" else f"{op.replace('attention', 'warpgroup')}|warpgroup_tile"
+    here = re.compile(files)
+    waits = {
+        i: x for i, x in enumerate(emulation.waits()) if here.search(x) and "sync_warp " not in x
     }
+    assert {x.split()[0] for x in waits.values()} == KINDS[products]
     unnoticed = []
     for index, wait in waits.items():
         with emulation.passing_over(index):
-            if in_a_process(lambda: any(differences(case, emulation) for case in cases)) is False:
+            if in_a_process(shows) is False:
                 unnoticed.append(wait)
     assert not unnoticed
 
 
+@PRODUCTS
 @pytest.mark.parametrize("op", OPS)
-def test_rows_of_matrices_never_wait_for_each_other(op: str, emulation: Emulation) -> None:
-    """Shared memory is laid out so that no ldmatrix meets a bank twice."""
+def test_rows_of_matrices_never_wait_for_each_other(
+    op: str, products: str, emulation: Emulation
+) -> None:
+    """Shared memory is laid out so that no matrix of 8 x 8 meets a bank twice."""
     emulation.counts()
     for case in demanding(op):
-        cuda.run(op, cuda.arguments(case, torch.bfloat16))
+        cuda.run(op, cuda.arguments(case, torch.bfloat16), products)
     counts = emulation.counts()
-    assert counts["loads"] > 0 and counts["conflicts"] == 0, counts
+    loads = {"mma": "loads", "wgmma": "warpgroup_products"}[products]
+    assert counts[loads] > 0, counts
+    assert counts["conflicts"] == counts["warpgroup_conflicts"] == 0, counts
 
 
+@PRODUCTS
 @pytest.mark.parametrize("op", OPS)
-def test_of_no_rows_nothing_is_written(op: str, emulation: Emulation) -> None:
+def test_of_no_rows_nothing_is_written(op: str, products: str, emulation: Emulation) -> None:
     a = cuda.arguments(demanding(op)[0], torch.bfloat16)
     a |= {"blocks": a["blocks"][:0], "positions": a["positions"][:0], "q": a["q"][:0]}
     if op == "attention_backward":
         a |= {"out": a["out"][:0], "lse": a["lse"][:0], "grad_out": a["grad_out"][:0]}
         a |= {"block_lanes": a["block_lanes"][:0]}
-    got = cuda.run(op, a)
+    got = cuda.run(op, a, products)
     if op == "attention_backward":  # keys that nobody saw
         assert not got["dk"].any() and not got["dv"].any()
 

@@ -164,6 +164,7 @@ def test_a_remembered_failure_is_told(nothing_built, builds_nothing, monkeypatch
         ("G2R_BACKEND", "triton", "G2R_BACKEND=triton serves no device and dtype"),
         ("G2R_BACKEND", "quick", "expected auto | native | triton | reference; got quick"),
         ("G2R_BUILD", "maybe", "expected auto | never; got maybe"),
+        ("G2R_PRODUCTS", "fma", "expected mma | wgmma; got fma"),
         ("G2R_CPU", "sse9", "G2R_CPU=sse9 is none of avx512bf16, avx512, avx2, plain"),
     ],
 )

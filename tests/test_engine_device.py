@@ -66,11 +66,12 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 SERVED: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64}
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["mma", "wgmma"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention is that of csrc/cuda, which tests/test_cuda_emulated.py has without a GPU."""
     if not ON_GPU:
         pytest.skip("no GPU: csrc/cuda is tested under emulation")
+    monkeypatch.setenv("G2R_PRODUCTS", request.param)
     reason = cuda_attention.serves(torch.bfloat16, SERVED["head_dim"], torch.device(DEVICE))
     if reason is not None:
         pytest.skip(reason)

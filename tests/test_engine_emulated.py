@@ -38,13 +38,15 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cuda.Emulati
         yield found
 
 
+@pytest.mark.parametrize("products", ["mma", "wgmma"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_gives_the_references_answers(
-    family: str, emulation: cuda.Emulation, monkeypatch: pytest.MonkeyPatch
+    family: str, products: str, emulation: cuda.Emulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float16, which the interpreter rounds as a GPU does, held to half of the error that the
     stock loop has in bfloat16, which rounds eight times as coarsely."""
     monkeypatch.setenv("G2R_BACKEND", "triton")
+    monkeypatch.setenv("G2R_PRODUCTS", products)
     backend = Backend("native", "emulated", {}, on_gpu=True)
     monkeypatch.setattr(FrozenDecoder, "backend", lambda self: backend)
     rows = [group().rows[i] for i in (0, 1, 3, 4)]
@@ -57,7 +59,13 @@ def test_the_engine_gives_the_references_answers(
         "attention_backward",
         lambda *given, **options: (calls.append(1), backward(*given, **options)),
     )
+    emulation.counts()
     found = scores(half, batch)
+    counts = emulation.counts()
+    assert (counts["products"] > 0, counts["warpgroup_products"] > 0) == (
+        products == "mma",
+        products == "wgmma",
+    )
     assert len(calls) == SIZES["num_hidden_layers"]
     limit = worst(stock_loop(coarse, batch), reference_scores(coarse, batch))
     assert all(torch.isfinite(b).all() and b.norm() > 0 for b in found)

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_backward_queries.cuh"
+#include "attention_scores.cuh"
 #include "attention_tile.cuh"
 
 namespace g2r::gpu {
@@ -115,9 +115,73 @@ G2R_DEVICE void fetch_sums(QueryRows<rows>& to, int step, int stream,
     to.delta[step % 2][thread] = call.delta[to.grad_index[step % 2][thread]];
 }
 
+// A tile of keys of one kv head and lane, and the stream of packed queries that see any of them.
+template <int keys>
+struct KeyTile {
+    const std::int32_t* run;
+    int kv_head, group;
+    int first_key, last_key;  // of the tile, in the run
+    int start;                // position of the run's first key
+    QueryWalk walk;
+    int stream;  // rows
+
+    // `tile`: of the table of tiles.
+    G2R_DEVICE KeyTile(const G2rAttentionBackward& call, const std::int32_t* tile)
+        : run(call.key_runs + static_cast<std::int64_t>(tile[0]) * 7),
+          kv_head(block_index_x() % call.kv_heads),
+          group(call.heads / call.kv_heads),
+          first_key(tile[1] * keys),
+          last_key(min(first_key + keys, run[2]) - 1),
+          start(run[1]),
+          walk(call, run[5], run[6], start + first_key, start + last_key + call.window - 1),
+          stream(walk.count() * group) {}
+
+    // What the steps need in front of the first one; `seen`: the positions of the first and the
+    // last key.
+    template <int rows>
+    G2R_DEVICE void begin(QueryRows<rows>& table, int* seen, const G2rAttentionBackward& call) {
+        if (thread_index() == 0) {
+            seen[0] = start + first_key;
+            seen[1] = start + last_key;
+        }
+        look_up<rows>(table, 0, walk, call, kv_head, group);
+        look_up<rows>(table, 1, walk, call, kv_head, group);
+        fetch_sums<rows>(table, 0, stream, call);
+        sync_block();
+    }
+};
+
+// Writes the gradients of a tile of keys. Where they lie is read only here.
+template <int dim, int keys, int m_tiles>
+G2R_DEVICE void store_key_gradients(const G2rAttentionBackward& call,
+                                    const float (&dk)[m_tiles][dim / 8][4],
+                                    const float (&dv)[m_tiles][dim / 8][4]) {
+    const int block = computed_here(block_index_x()), own_row = row_of_thread<m_tiles>();
+    const std::int32_t* const tile =
+        call.key_tiles + static_cast<std::int64_t>(block / call.kv_heads) * 2;
+    const std::int32_t* const to = call.key_runs + static_cast<std::int64_t>(tile[0]) * 7;
+    const int column = block % call.kv_heads * dim + (computed_here(thread_index()) & 3) * 2;
+    G2R_UNROLL
+    for (int m = 0; m < m_tiles; ++m) {
+        G2R_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int key = tile[1] * keys + own_row + m * 16 + half * 8;
+            if (key >= to[2]) continue;
+            const std::int64_t row = to[3] + static_cast<std::int64_t>(key) * to[4];
+            float* const dk_row = call.dk + row * call.kv_heads * dim + column;
+            float* const dv_row = call.dv + row * call.kv_heads * dim + column;
+            G2R_UNROLL
+            for (int n = 0; n < dim / 8; ++n) {
+                store_8(dk_row + n * 8, dk[m][n][half * 2], dk[m][n][half * 2 + 1]);
+                store_8(dv_row + n * 8, dv[m][n][half * 2], dv[m][n][half * 2 + 1]);
+            }
+        }
+    }
+}
+
 template <typename T, int dim, bool capped>
 G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, 2)
-    attention_backward_keys(const G2rAttentionBackward call) {
+    attention_backward_keys(const G2rAttentionBackward call, const float inverse_softcap) {
     using Shape = BackwardKeysShape<dim, capped>;
     constexpr int m_tiles = Shape::m_tiles, rows = Shape::rows, keys = Shape::keys;
     constexpr int q_bytes = Shape::q_bytes;
@@ -125,35 +189,19 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, 2)
     char* const shared_v = shared_k + Shape::k_bytes;
     char* const shared_q = shared_v + Shape::k_bytes;  // [2][q, grad_out]
     QueryRows<rows>& table = *reinterpret_cast<QueryRows<rows>*>(shared_q + 4 * q_bytes);
-    int* const seen =
-        reinterpret_cast<int*>(&table + 1);  // the positions of the first and the last key
+    int* const seen = reinterpret_cast<int*>(&table + 1);  // positions of the first and last key
 
-    const int kv_head = block_index_x() % call.kv_heads;
-    const std::int32_t* const tile =
-        call.key_tiles + static_cast<std::int64_t>(block_index_x() / call.kv_heads) * 2;
-    const std::int32_t* const run = call.key_runs + static_cast<std::int64_t>(tile[0]) * 7;
-    const int group = call.heads / call.kv_heads;
-    const int first_key = tile[1] * keys, last_key = min(first_key + keys, run[2]) - 1;
-    const int start = run[1];
-    const int thread = thread_index(), lane = lane_index(), warp = warp_index();
-    const T* const k = static_cast<const T*>(call.k) + kv_head * dim;
-    const T* const v = static_cast<const T*>(call.v) + kv_head * dim;
+    KeyTile<keys> at(
+        call, call.key_tiles + static_cast<std::int64_t>(block_index_x() / call.kv_heads) * 2);
+    const int lane = lane_index(), warp = warp_index(), stream = at.stream;
+    const T* const k = static_cast<const T*>(call.k) + at.kv_head * dim;
+    const T* const v = static_cast<const T*>(call.v) + at.kv_head * dim;
     const int kv_stride = call.kv_heads * row_bytes<dim>;
 
-    const int high = start + last_key + call.window - 1;
-    QueryWalk walk(call, run[5], run[6], start + first_key, high);
-    const int stream = walk.count() * group;
-
-    if (thread == 0) {
-        seen[0] = start + first_key;
-        seen[1] = start + last_key;
-    }
-    look_up<rows>(table, 0, walk, call, kv_head, group);
-    look_up<rows>(table, 1, walk, call, kv_head, group);
-    fetch_sums<rows>(table, 0, stream, call);
-    sync_block();
-    copy_run<dim, keys>(shared_k, k, run[0] + first_key, run[0] + last_key, kv_stride);
-    copy_run<dim, keys>(shared_v, v, run[0] + first_key, run[0] + last_key, kv_stride);
+    const int first = at.run[0] + at.first_key, last = at.run[0] + at.last_key;
+    at.template begin<rows>(table, seen, call);
+    copy_run<dim, keys>(shared_k, k, first, last, kv_stride);
+    copy_run<dim, keys>(shared_v, v, first, last, kv_stride);
     if (stream > 0) {
         copy_rows<dim, rows>(shared_q, call.q, table.q_index[0], row_bytes<dim>);
         copy_rows<dim, rows>(shared_q + q_bytes, call.grad_out, table.grad_index[0],
@@ -166,7 +214,7 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, 2)
     set_zero(dv);
     const char* const warp_k = shared_k + warp * m_tiles * 16 * row_bytes<dim>;
     const char* const warp_v = shared_v + warp * m_tiles * 16 * row_bytes<dim>;
-    const int warp_key = start + first_key + warp * m_tiles * 16 + lane / 4;
+    const int warp_key = at.start + at.first_key + warp * m_tiles * 16 + lane / 4;
 
     const KeptLanes<dim> lanes;
 
@@ -183,11 +231,10 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, 2)
         }
         cp_async_commit();
         fetch_sums<rows>(table, step + 1, stream, call);
-        look_up<rows>(table, step + 2, walk, call, kv_head, group);
+        look_up<rows>(table, step + 2, at.walk, call, at.kv_head, at.group);
 
         const int* const position = table.position[step % 3];
-        const float* const lse2_of = table.lse2[step % 2];
-        const float* const delta_of = table.delta[step % 2];
+        const int column = (lane & 3) * 2;
         const char* const tile_q = shared_q + step % 2 * 2 * q_bytes;
         const char* const tile_grad = tile_q + q_bytes;
 
@@ -197,92 +244,18 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, 2)
         set_zero(ds);
         product_nt<T, dim>(ds, warp_k, tile_q, lanes);
         float p[m_tiles][rows / 8][4];
-        G2R_UNROLL
-        for (int m = 0; m < m_tiles; ++m) {
-            G2R_UNROLL
-            for (int n = 0; n < rows / 8; ++n) {
-                G2R_UNROLL
-                for (int c = 0; c < 4; ++c) {
-                    const float lse2 = lse2_of[n * 8 + (lane & 3) * 2 + (c & 1)];
-                    if constexpr (capped) {
-                        ds[m][n][c] = tanh(ds[m][n][c] * (1.0f / call.softcap));
-                        p[m][n][c] = probability(call.softcap * ds[m][n][c], lse2);
-                    } else {
-                        p[m][n][c] = probability(ds[m][n][c], lse2);
-                    }
-                }
-            }
-        }
-        if (masked) {
-            G2R_UNROLL
-            for (int n = 0; n < rows / 8; ++n) {
-                G2R_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    // Of the keys of this thread, those in [0, from] and not in [0, from - window].
-                    const int from = position[n * 8 + (lane & 3) * 2 + i] - warp_key;
-                    const int hidden = from - call.window;
-                    G2R_UNROLL
-                    for (int m = 0; m < m_tiles; ++m) {
-                        G2R_UNROLL
-                        for (int half = 0; half < 2; ++half) {
-                            const int at = m * 16 + half * 8;
-                            if (at > from || at <= hidden) p[m][n][half * 2 + i] = 0.0f;
-                        }
-                    }
-                }
-            }
-        }
+        probabilities_of_columns<capped>(p, ds, table.lse2[step % 2] + column, call.softcap,
+                                         inverse_softcap);
+        if (masked) hide_columns(p, position + column, warp_key, call.window);
         product_nn<T, dim>(dv, p, tile_grad, lanes);
-        if constexpr (capped) {  // the slope of the cap
-            G2R_UNROLL
-            for (int m = 0; m < m_tiles; ++m) {
-                G2R_UNROLL
-                for (int n = 0; n < rows / 8; ++n) {
-                    G2R_UNROLL
-                    for (int c = 0; c < 4; ++c) p[m][n][c] *= 1.0f - ds[m][n][c] * ds[m][n][c];
-                }
-            }
-        }
+        if constexpr (capped) times_slope(p, ds);
         set_zero(ds);
         product_nt<T, dim>(ds, warp_v, tile_grad, lanes);
-        G2R_UNROLL
-        for (int n = 0; n < rows / 8; ++n) {
-            const int column = n * 8 + (lane & 3) * 2;
-            G2R_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const float delta = delta_of[column + i];
-                G2R_UNROLL
-                for (int m = 0; m < m_tiles; ++m) {
-                    G2R_UNROLL
-                    for (int c = i; c < 4; c += 2) ds[m][n][c] = p[m][n][c] * (ds[m][n][c] - delta);
-                }
-            }
-        }
+        centre_columns(ds, p, table.delta[step % 2] + column);
         product_nn<T, dim>(dk, ds, tile_q, lanes);
     }
 
-    // Where the gradients lie is read only now.
-    const int block = computed_here(block_index_x()), own_row = row_of_thread<m_tiles>();
-    const std::int32_t* const here =
-        call.key_tiles + static_cast<std::int64_t>(block / call.kv_heads) * 2;
-    const std::int32_t* const to = call.key_runs + static_cast<std::int64_t>(here[0]) * 7;
-    const int column = block % call.kv_heads * dim + (computed_here(thread_index()) & 3) * 2;
-    G2R_UNROLL
-    for (int m = 0; m < m_tiles; ++m) {
-        G2R_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const int key = here[1] * keys + own_row + m * 16 + half * 8;
-            if (key >= to[2]) continue;
-            const std::int64_t row = to[3] + static_cast<std::int64_t>(key) * to[4];
-            float* const dk_row = call.dk + row * call.kv_heads * dim + column;
-            float* const dv_row = call.dv + row * call.kv_heads * dim + column;
-            G2R_UNROLL
-            for (int n = 0; n < dim / 8; ++n) {
-                store_8(dk_row + n * 8, dk[m][n][half * 2], dk[m][n][half * 2 + 1]);
-                store_8(dv_row + n * 8, dv[m][n][half * 2], dv[m][n][half * 2 + 1]);
-            }
-        }
-    }
+    store_key_gradients<dim, keys, m_tiles>(call, dk, dv);
 }
 
 }  // namespace g2r::gpu

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_rows.cuh"
+#include "attention_scores.cuh"
 #include "attention_tile.cuh"
 
 namespace g2r::gpu {
@@ -19,65 +21,13 @@ struct BackwardQueriesShape {
     static constexpr int shared_bytes = 2 * q_bytes + 4 * k_bytes + (5 * rows + slots * keys) * 4;
 };
 
-// p of a score; lse2 is in units of log 2.
-G2R_DEVICE float probability(float s, float lse2) { return exp2(s * log2_e - lse2); }
-
-template <typename T, int dim, bool capped>
-G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, BackwardQueriesShape<dim>::blocks)
-    attention_backward_queries(const G2rAttentionBackward call) {
-    using Shape = BackwardQueriesShape<dim>;
-    constexpr int m_tiles = Shape::m_tiles, rows = Shape::rows, keys = Shape::keys;
-    constexpr int k_bytes = Shape::k_bytes, ring = Shape::slots * keys;
-    char* const shared_q = shared_memory();
-    char* const shared_grad = shared_q + Shape::q_bytes;
-    char* const shared_kv = shared_grad + Shape::q_bytes;                  // [2][k, v]
-    int* const q_index = reinterpret_cast<int*>(shared_kv + 4 * k_bytes);  // [rows]
-    int* const grad_index = q_index + rows;                                // [rows]
-    int* const position = grad_index + rows;                               // [rows]
-    float* const lse2 = reinterpret_cast<float*>(position + rows);         // [rows]
-    float* const delta = lse2 + rows;                                      // [rows]
-    int* const key_index = reinterpret_cast<int*>(delta + rows);           // [slots][keys]
-
-    const int kv_head = block_index_x() % call.kv_heads;
-    const std::int32_t* const tile =
-        call.query_tiles + static_cast<std::int64_t>(block_index_x() / call.kv_heads) * 2;
-    const std::int32_t* const entry = call.entries + static_cast<std::int64_t>(tile[0]) * 6;
-    const int group = call.heads / call.kv_heads;
-    const int first = entry[1], first_row = tile[1] * rows, last_row = entry[2] * group - 1;
-    const int thread = thread_index(), lane = lane_index(), warp = warp_index();
-    const std::int32_t* const positions = call.positions + first;
-    const int last_position = positions[min(first_row + rows - 1, last_row) / group];
-    const int first_position = positions[first_row / group];
-    const int last_key = last_position / keys * keys;
-    const int first_key = max(0, first_position - call.window + 1) / keys * keys;
-
-    const T* const k = static_cast<const T*>(call.k) + kv_head * dim;
-    const T* const v = static_cast<const T*>(call.v) + kv_head * dim;
-    const int kv_stride = call.kv_heads * row_bytes<dim>;
-
-    PathWalk walk(entry[0]);
-    for (int i = thread; i < rows; i += attention_threads) {
-        const int row = min(first_row + i, last_row), token = row / group;
-        const int head = kv_head * group + row - token * group;
-        q_index[i] = (first + token) * call.heads + head;
-        grad_index[i] = (entry[3] + token * entry[4]) * call.heads + head;
-        position[i] = positions[token];
-    }
-    if (thread < keys) {
-        key_index[last_key % ring + thread] =
-            walk.row(call.segments, min(last_key + thread, last_position));
-        key_index[(last_key + 3 * keys) % ring + thread] =
-            walk.row(call.segments, last_key - keys + thread);
-    }
-    sync_block();
-    copy_rows<dim, rows>(shared_q, call.q, q_index, row_bytes<dim>);
-    copy_rows<dim, rows>(shared_grad, call.grad_out, grad_index, row_bytes<dim>);
-    char* const last_k = shared_kv + last_key / keys % 2 * 2 * k_bytes;
-    copy_rows<dim, keys>(last_k, k, key_index + last_key % ring, kv_stride);
-    copy_rows<dim, keys>(last_k + k_bytes, v, key_index + last_key % ring, kv_stride);
-    cp_async_commit();
-
-    const int thread_row = warp * m_tiles * 16 + lane / 4;
+// For the thread's rows of a tile: lse in units of log 2, and delta, the sum of grad_out * out,
+// which goes to call.delta too where the row is not behind the last one.
+template <typename T, int dim, int m_tiles>
+G2R_DEVICE void sum_rows(const G2rAttentionBackward& call, const int* q_index,
+                         const int* grad_index, int thread_row, int last, float* lse2,
+                         float* delta) {
+    const int lane = lane_index();
     G2R_UNROLL
     for (int m = 0; m < m_tiles; ++m) {
         G2R_UNROLL
@@ -104,10 +54,62 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, BackwardQueriesShape<dim>::
             if ((lane & 3) == 0) {
                 lse2[row] = call.lse[at] * log2_e;
                 delta[row] = sum;
-                if (first_row + row <= last_row) call.delta[grad_at] = sum;
+                if (row <= last) call.delta[grad_at] = sum;
             }
         }
     }
+}
+
+template <typename T, int dim, bool capped>
+G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, BackwardQueriesShape<dim>::blocks)
+    attention_backward_queries(const G2rAttentionBackward call, const float inverse_softcap) {
+    using Shape = BackwardQueriesShape<dim>;
+    constexpr int m_tiles = Shape::m_tiles, rows = Shape::rows, keys = Shape::keys;
+    constexpr int k_bytes = Shape::k_bytes, ring = Shape::slots * keys;
+    char* const shared_q = shared_memory();
+    char* const shared_grad = shared_q + Shape::q_bytes;
+    char* const shared_kv = shared_grad + Shape::q_bytes;                  // [2][k, v]
+    int* const q_index = reinterpret_cast<int*>(shared_kv + 4 * k_bytes);  // [rows]
+    int* const grad_index = q_index + rows;                                // [rows]
+    int* const position = grad_index + rows;                               // [rows]
+    float* const lse2 = reinterpret_cast<float*>(position + rows);         // [rows]
+    float* const delta = lse2 + rows;                                      // [rows]
+    int* const key_index = reinterpret_cast<int*>(delta + rows);           // [slots][keys]
+
+    const std::int32_t* const tile =
+        call.query_tiles + static_cast<std::int64_t>(block_index_x() / call.kv_heads) * 2;
+    const std::int32_t* const entry = call.entries + static_cast<std::int64_t>(tile[0]) * 6;
+    const QueryTile<rows, keys> at(call, entry[1], entry[2], tile[1]);
+    const int thread = thread_index(), lane = lane_index(), warp = warp_index();
+    const int last_key = at.last_key, first_key = at.first_key;
+
+    const T* const k = static_cast<const T*>(call.k) + at.kv_head * dim;
+    const T* const v = static_cast<const T*>(call.v) + at.kv_head * dim;
+    const int kv_stride = call.kv_heads * row_bytes<dim>;
+
+    PathWalk walk(entry[0]);
+    at.template for_each_row<attention_threads>([&](int i, int token, int head) {
+        q_index[i] = (at.first + token) * call.heads + head;
+        grad_index[i] = (entry[3] + token * entry[4]) * call.heads + head;
+        position[i] = at.positions[token];
+    });
+    if (thread < keys) {
+        key_index[last_key % ring + thread] =
+            walk.row(call.segments, min(last_key + thread, at.last_position));
+        key_index[(last_key + 3 * keys) % ring + thread] =
+            walk.row(call.segments, last_key - keys + thread);
+    }
+    sync_block();
+    copy_rows<dim, rows>(shared_q, call.q, q_index, row_bytes<dim>);
+    copy_rows<dim, rows>(shared_grad, call.grad_out, grad_index, row_bytes<dim>);
+    char* const last_k = shared_kv + last_key / keys % 2 * 2 * k_bytes;
+    copy_rows<dim, keys>(last_k, k, key_index + last_key % ring, kv_stride);
+    copy_rows<dim, keys>(last_k + k_bytes, v, key_index + last_key % ring, kv_stride);
+    cp_async_commit();
+
+    const int thread_row = warp * m_tiles * 16 + lane / 4;
+    sum_rows<T, dim, m_tiles>(call, q_index, grad_index, thread_row, at.last_row - at.first_row,
+                              lse2, delta);
     float dq[m_tiles][dim / 8][4];
     set_zero(dq);
     char* const warp_q = shared_q + warp * m_tiles * 16 * row_bytes<dim>;
@@ -135,61 +137,14 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(attention_threads, BackwardQueriesShape<dim>::
         float ds[m_tiles][keys / 8][4];
         set_zero(ds);
         product_nt<T, dim>(ds, warp_q, tile_k, lanes);
-        G2R_UNROLL
-        for (int m = 0; m < m_tiles; ++m) {
-            G2R_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const float shift = lse2[thread_row + m * 16 + half * 8];
-                G2R_UNROLL
-                for (int n = 0; n < keys / 8; ++n) {
-                    G2R_UNROLL
-                    for (int c = half * 2; c < half * 2 + 2; ++c) {
-                        if constexpr (capped) {
-                            const float share = tanh(ds[m][n][c] * (1.0f / call.softcap));
-                            ds[m][n][c] =
-                                probability(call.softcap * share, shift) * (1.0f - share * share);
-                        } else {
-                            ds[m][n][c] = probability(ds[m][n][c], shift);
-                        }
-                    }
-                }
-            }
-        }
+        slopes_of_scores<capped>(ds, lse2 + thread_row, call.softcap, inverse_softcap);
         if (key + keys - 1 > position[0] || key <= position[rows - 1] - call.window) {
-            G2R_UNROLL
-            for (int m = 0; m < m_tiles; ++m) {
-                G2R_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    // Of the keys of this thread, those in [0, from] and not in [0, from - window].
-                    const int from =
-                        position[thread_row + m * 16 + half * 8] - key - (lane & 3) * 2;
-                    const int hidden = from - call.window;
-                    G2R_UNROLL
-                    for (int n = 0; n < keys / 8; ++n) {
-                        G2R_UNROLL
-                        for (int i = 0; i < 2; ++i) {
-                            const int at = n * 8 + i;
-                            if (at > from || at <= hidden) ds[m][n][half * 2 + i] = 0.0f;
-                        }
-                    }
-                }
-            }
+            hide_scores(ds, position + thread_row, key, call.window, 0.0f);
         }
         float dp[m_tiles][keys / 8][4];
         set_zero(dp);
         product_nt<T, dim>(dp, warp_grad, tile_k + k_bytes, lanes);
-        G2R_UNROLL
-        for (int m = 0; m < m_tiles; ++m) {
-            G2R_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const float sum = delta[thread_row + m * 16 + half * 8];
-                G2R_UNROLL
-                for (int n = 0; n < keys / 8; ++n) {
-                    G2R_UNROLL
-                    for (int c = half * 2; c < half * 2 + 2; ++c) ds[m][n][c] *= dp[m][n][c] - sum;
-                }
-            }
-        }
+        times_centred(ds, dp, delta + thread_row);
         product_nn<T, dim>(dq, ds, tile_k, lanes);
     }
 

@@ -1,7 +1,7 @@
 // Every attention kernel of csrc/cuda in small sizes, without torch or Python: compute-sanitizer's
 // tools run over it in seconds. Each tensor is an allocation of its own of exactly its size.
 //
-//   nvcc -O3 -std=c++17 -lineinfo -gencode arch=compute_90,code=sm_90 --cudart=static -Icsrc/cuda
+//   nvcc -O3 -std=c++17 -lineinfo -arch=sm_90a --cudart=static -Icsrc/cuda
 //       csrc/cuda/attention.cu tests/cpp/cuda_small.cu -o cuda_small
 //       (-Xcompiler -static-libstdc++,-static-libgcc: for another machine)
 //   g++ -O2 -std=c++17 -DG2R_EMULATE -Icsrc/cuda -Itests/cpp -x c++
@@ -290,12 +290,14 @@ Tables make_tables(const Trie& trie, int group, const G2rTileSizes& sizes) {
 struct Case {
     Dtype dtype;
     int head_dim, heads, kv_heads;
+    G2rProducts products;
     int window;     // 0: none
     float softcap;  // 0: none
 
     std::string name() const {
         return std::string(dtype == bfloat16 ? "bf16" : "f16") + "-dim" + std::to_string(head_dim) +
                "-group" + std::to_string(heads / kv_heads) +
+               (products == G2R_WGMMA ? "-wgmma" : "-mma") +
                (window != 0 ? "-window" + std::to_string(window) : "") +
                (softcap != 0.0f ? "-softcap" : "");
     }
@@ -480,6 +482,7 @@ Outputs run(const Case& c, const Trie& trie, const Tables& host, const Inputs& i
     forward.kv_heads = c.kv_heads;
     forward.head_dim = c.head_dim;
     forward.dtype = c.dtype;
+    forward.products = c.products;
     forward.window = c.window != 0 ? c.window : INT32_MAX;
     forward.softcap = c.softcap;
     check_call(g2r_attention_forward(&forward, nullptr), "g2r_attention_forward");
@@ -510,6 +513,7 @@ Outputs run(const Case& c, const Trie& trie, const Tables& host, const Inputs& i
     backward.kv_heads = c.kv_heads;
     backward.head_dim = c.head_dim;
     backward.dtype = c.dtype;
+    backward.products = c.products;
     backward.window = forward.window;
     backward.softcap = c.softcap;
     check_call(g2r_attention_backward(&backward, nullptr), "g2r_attention_backward");
@@ -531,7 +535,7 @@ double error_of(const Doubles& found, const Doubles& truth) {
 // Whether everything is right.
 bool run_case(const Case& c, const Trie& trie, bool uninitialised) {
     G2rTileSizes sizes;
-    check_call(g2r_tile_sizes(c.head_dim, &sizes), "g2r_tile_sizes");
+    check_call(g2r_tile_sizes(c.head_dim, c.products, &sizes), "g2r_tile_sizes");
     const Tables tables = make_tables(trie, c.group(), sizes);
     std::mt19937_64 random(7);
     const auto numbers = [&](int rows, int heads, float scale) {
@@ -559,7 +563,7 @@ bool run_case(const Case& c, const Trie& trie, bool uninitialised) {
     };
     const double rounding = c.dtype == bfloat16 ? 1e-2 : 2e-3;
     bool right = same;
-    std::printf("%-35s", c.name().c_str());
+    std::printf("%-42s", c.name().c_str());
     for (const auto& [name, error] : errors) {
         // Nothing on the way to lse is rounded to the dtype.
         right = right && error < (std::strcmp(name, "lse") == 0 ? 1e-5 : rounding);
@@ -568,6 +572,41 @@ bool run_case(const Case& c, const Trie& trie, bool uninitialised) {
     std::printf("%s %s\n", same ? "" : ", other bits when run again:", right ? "right" : "WRONG");
     std::fflush(stdout);
     return right;
+}
+
+// Whether the device has code of the warpgroups' products.
+bool has_warpgroups() {
+#ifdef G2R_EMULATE
+    return true;
+#else
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "major");
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "minor");
+    return major == 9 && minor == 0;
+#endif
+}
+
+// Those of one dtype behind each other.
+std::vector<Case> all_cases() {
+    std::vector<G2rProducts> kinds = {G2R_MMA};
+    if (has_warpgroups()) kinds.push_back(G2R_WGMMA);
+    std::vector<Case> cases;
+    for (const Dtype dtype : {bfloat16, float16}) {
+        for (const G2rProducts products : kinds) {
+            for (const int head_dim : {64, 128}) {
+                for (const int group : {1, 6}) {
+                    const int kv_heads = group == 6 && head_dim == 128 ? 1 : 2;
+                    for (const int window : {0, 77}) {
+                        for (const float softcap : {0.0f, 1.5f}) {
+                            cases.push_back({dtype, head_dim, group * kv_heads, kv_heads, products,
+                                             window, softcap});
+                        }
+                    }
+                }
+            }
+        }
+    }
+    return cases;
 }
 
 int main_of(const std::vector<std::string>& words) {
@@ -583,26 +622,14 @@ int main_of(const std::vector<std::string>& words) {
     check_call(g2r_probe(), "g2r_probe");
     const Trie trie = make_trie();
     int ran = 0, wrong = 0;
-    for (const Dtype dtype : {bfloat16, float16}) {
-        for (const int head_dim : {64, 128}) {
-            for (const int group : {1, 6}) {
-                for (const int window : {0, 77}) {
-                    for (const float softcap : {0.0f, 1.5f}) {
-                        const int kv_heads = group == 6 && head_dim == 128 ? 1 : 2;
-                        const Case c{dtype, head_dim, group * kv_heads, kv_heads, window, softcap};
-                        const std::string name = c.name();
-                        if (!chosen.empty() &&
-                            std::none_of(chosen.begin(), chosen.end(), [&](const auto& part) {
-                                return name.find(part) != std::string::npos;
-                            })) {
-                            continue;
-                        }
-                        ++ran;
-                        wrong += run_case(c, trie, uninitialised) ? 0 : 1;
-                    }
-                }
-            }
-        }
+    for (const Case& c : all_cases()) {
+        const std::string name = c.name();
+        const auto in_name = [&name](const std::string& part) {
+            return name.find(part) != std::string::npos;
+        };
+        if (!chosen.empty() && std::none_of(chosen.begin(), chosen.end(), in_name)) continue;
+        ++ran;
+        wrong += run_case(c, trie, uninitialised) ? 0 : 1;
     }
     std::printf("%d cases on a %s, %d wrong\n", ran, g2r_device(), wrong);
     return ran == 0 || wrong != 0 ? 1 : 0;
