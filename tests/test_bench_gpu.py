@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from native_calls import COMPILER
@@ -290,13 +291,7 @@ def test_the_program_for_compute_sanitizer_finds_the_kernels_right(cuda_small):
 
 @pytest.mark.skipif(ON_GPU, reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_bench", "--save", str(tmp_path / "x.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = forked.run(["-m", "bench.gpu_bench", "--save", str(tmp_path / "x.json")], ROOT)
     assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
 
 

@@ -3,11 +3,9 @@ see the lies planted at the end of this file."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 from documents import (
     ROOT,
@@ -57,14 +55,7 @@ def run_python_blocks(document):
 
 def command_line(arguments, cwd):
     code = "import sys; from g2r_fast.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forked.run(["-c", code, *arguments], cwd)
 
 
 def option_faults(document, cwd):

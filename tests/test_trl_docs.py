@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -41,15 +39,8 @@ def test_the_diff_that_is_shown_is_the_real_one():
 
 @pytest.mark.parametrize("script", [PLAIN, DENSE], ids=lambda path: path.stem)
 def test_the_example_scripts_run(script, tmp_path):
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, str(script), "--steps", "2", "--out", str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [str(script), "--steps", "2", "--out", str(tmp_path / "out")]
+    done = forked.run(command, tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-4000:]
     name = "rubric_reward" if script == PLAIN else "grad2reward"
     means = re.findall(rf"'rewards/{name}/mean': '?([-\d.e]+)", done.stdout)

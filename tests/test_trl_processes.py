@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed")
 
 from trl_processes import BY_LOSS, TRAININGS, outcome
+from two_processes import run_in_two_processes
 
 from g2r_fast.reference import relative_error
 
@@ -23,17 +21,7 @@ HERE = Path(__file__).parent
 def of_two(tmp_path_factory):
     """Every outcome of two processes, which are started once for all of them."""
     file = tmp_path_factory.mktemp("trl") / "outcomes.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*command, str(HERE / "trl_processes.py"), str(file)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_two_processes(HERE / "trl_processes.py", str(file))
     return torch.load(file)
 
 

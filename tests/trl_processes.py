@@ -1,5 +1,5 @@
 """Trainings whose outcome may not depend on the number of processes; run by several, it writes
-what came out into a file: `torchrun tests/trl_processes.py FILE`.
+what came out into a file.
 """
 
 from __future__ import annotations
@@ -7,12 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    import conftest  # noqa: F401  # settings, before anything else
 
 import torch
 from accelerate.utils import gather_object

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import Forked
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,19 +22,11 @@ def run_in_two_processes(script: Path, *arguments: str) -> list[str]:
             **os.environ,
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+            "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
+        processes.append(Forked([str(script), *arguments], HERE.parent, environment))
+    done = [process.wait() for process in processes]
+    for process in done:
         if process.returncode:
-            raise AssertionError(errors)
-    return [output for output, _ in outputs]
+            raise AssertionError(process.stderr)
+    return [process.stdout for process in done]
