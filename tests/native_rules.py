@@ -30,7 +30,9 @@ def _compared(got: Tensor, truth: Tensor) -> tuple[Tensor, Tensor] | str:
     untouched = truth.isnan()
     if not torch.equal(got.isnan(), untouched):
         return "NaN where a number belongs, or a number where nothing is to be written"
-    got, truth = got[~untouched].double(), truth[~untouched].double()
+    if untouched.any():
+        got, truth = got[~untouched], truth[~untouched]
+    got, truth = got.flatten().double(), truth.flatten().double()
     if not got.isfinite().all():
         return "not finite"
     if truth.any() and not got.any():
