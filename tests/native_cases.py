@@ -346,9 +346,19 @@ def many_rows(op: str, draw: Draw, shown: bool = False) -> Arguments:
 
 
 @cache
+def _made(case: Case, dtype: torch.dtype) -> Arguments:
+    return case.arguments(dtype)
+
+
+def shared(case: Case, dtype: torch.dtype) -> Arguments:
+    """The case's arguments, made once: for who writes to no tensor of theirs."""
+    return dict(_made(case, dtype))
+
+
+@cache
 def truth(case: Case, dtype: torch.dtype) -> Outputs:
     """The op's outputs in float64, for arguments in `dtype`."""
-    a = case.arguments(dtype)
+    a = shared(case, dtype)
     if case.integers and case.op == "attention_backward":
         return attention.given_lse_backward(a)
     return ORACLES[case.op](a, EXACT)
@@ -359,4 +369,4 @@ def yardstick(case: Case, dtype: torch.dtype) -> Outputs | None:
     """What plain PyTorch makes of it in low precision; float32 is held to a number instead."""
     if dtype == torch.float32 or case.op in IN_FLOAT64:
         return None
-    return ORACLES[case.op](case.arguments(dtype), plain(dtype))
+    return ORACLES[case.op](shared(case, dtype), plain(dtype))

@@ -21,6 +21,7 @@ from native_cases import (
     VARIANTS,
     Case,
     many_rows,
+    shared,
     truth,
     yardstick,
 )
@@ -77,7 +78,7 @@ def test_threads_that_take_rows_of_their_own_change_no_bit(table: str, case: Cas
     if usable(table):
         pytest.skip(str(usable(table)))
     dtype = torch.float32 if case.integers else torch.bfloat16
-    a, expected = case.arguments(dtype), truth(case, dtype)
+    a, expected = shared(case, dtype), truth(case, dtype)
     with kernels(table):
         with threads(1):
             once = run(case.op, a)

@@ -32,6 +32,7 @@ from native_cases import (
     VARIANTS,
     many_rows,
     select,
+    shared,
     truth,
     yardstick,
 )
@@ -73,7 +74,7 @@ def test_the_best_table_runs_unless_another_is_asked_for() -> None:
 def test_integers_are_exact(op: str, dtype: torch.dtype, table: str) -> None:
     wrong = {}
     for case in select(op, integers=True):
-        got, expected = run(op, case.arguments(dtype)), truth(case, dtype)
+        got, expected = run(op, shared(case, dtype)), truth(case, dtype)
         assert got.keys() == expected.keys()
         for name in expected:
             reason = equal_bits(got[name], expected[name])
@@ -89,7 +90,7 @@ def test_random_arguments_at_the_scale_of_real_ones(
 ) -> None:
     wrong = {}
     for case in select(op, integers=False):
-        a = case.arguments(dtype)
+        a = shared(case, dtype)
         reasons = judge(op, a, run(op, a), truth(case, dtype), yardstick(case, dtype))
         if reasons:
             wrong[str(case)] = reasons
@@ -120,7 +121,7 @@ def terms(op: str, a: Arguments) -> tuple[torch.Tensor, int | torch.Tensor]:
 def test_sums_stay_within_the_forward_error_bound(op: str, dtype: torch.dtype, table: str) -> None:
     wrong = {}
     for case in select(op, integers=False):
-        a = case.arguments(dtype)
+        a = shared(case, dtype)
         got, expected = run(op, a), truth(case, dtype)
         for name in expected:
             reason = within_bound(got[name], expected[name], *terms(op, a))
