@@ -23,6 +23,12 @@ def quicken() -> None:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
     interpreter._patch_lang = _OnceALaunch(interpreter._patch_lang, tl, tl.core)
+    for kind, name, quicker in (
+        (tl.semantic.TritonSemantic, "broadcast_impl_value", _unless_alike),
+        (tl.core.block_type, "__init__", _block_types_by_shape),
+        (tl.tensor, "__init__", _tensors_by_shape),
+    ):
+        setattr(kind, name, quicker(getattr(kind, name)))
 
 
 def _remembering(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -37,6 +43,55 @@ def _remembering(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[name]
 
     return remembered
+
+
+def _unless_alike(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which builds tuples of sizes for blocks of one shape too."""
+
+    @wraps(broadcast)
+    def quick(self: Any, lhs: Any, rhs: Any) -> Any:
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and list(a.shape) == list(b.shape):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return quick
+
+
+def _block_types_by_shape(init: Callable[..., None]) -> Callable[..., None]:
+    """The same constructor, which checks and wraps a shape's sizes every time."""
+    known: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+
+    @wraps(init)
+    def quick(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        if sizes in known and all(type(size) is int for size in sizes):
+            self.shape, self.numel, text = known[sizes]
+            self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
+            return
+        init(self, element_ty, shape)
+        if vars(self).keys() == {"element_ty", "shape", "numel", "name"}:
+            known[sizes] = self.shape, self.numel, str(self.shape)
+
+    return quick
+
+
+def _tensors_by_shape(init: Callable[..., None]) -> Callable[..., None]:
+    """The same constructor, which wraps the sizes of a type every time."""
+    known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    @wraps(init)
+    def quick(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes in known:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = known[sizes]
+            return
+        init(self, handle, type)
+        if vars(self).keys() == {"handle", "type", "dtype", "shape", "numel"}:
+            known[sizes] = self.shape, self.numel
+
+    return quick
 
 
 class _OnceALaunch:

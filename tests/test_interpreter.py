@@ -53,6 +53,12 @@ def test_a_whole_model_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
         ("_get_np_dtype", interpreter._get_np_dtype.__wrapped__),
     ):
         monkeypatch.setattr(interpreter, name, plain)
+    for kind, name in (
+        (tl.semantic.TritonSemantic, "broadcast_impl_value"),
+        (tl.core.block_type, "__init__"),
+        (tl.tensor, "__init__"),
+    ):
+        monkeypatch.setattr(kind, name, getattr(kind, name).__wrapped__)
     for dtype in dtypes:
         for ours, plain in zip(quick[dtype], found(dtype), strict=True):
             assert torch.equal(ours, plain) and ours.norm() > 0
