@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -37,9 +38,11 @@ LONGEST = (
     "test_cuda_emulated.py",
     "test_engine_device.py",
     "test_native_sanitizers.py",
-    "test_docs.py",
+    "test_native_arm.py",
+    "test_trl_oldest.py",
     "test_training_loop.py",
     "test_native_ops.py",
+    "test_native_invariances.py",
     "test_vigor.py",
     "test_bench_gpu.py",
     "test_cuda_planted.py",
@@ -50,3 +53,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage need look through it again."""
+    gc.freeze()
