@@ -37,15 +37,17 @@ LONGEST = (
     "test_packaging.py",
     "test_cuda_emulated.py",
     "test_engine_device.py",
+    "test_cuda_planted.py",
     "test_native_sanitizers.py",
     "test_native_arm.py",
     "test_trl_oldest.py",
+    "test_cuda_build.py",
     "test_training_loop.py",
     "test_native_ops.py",
     "test_native_invariances.py",
     "test_vigor.py",
     "test_bench_gpu.py",
-    "test_cuda_planted.py",
+    "test_cuda_warpgroup.py",
     "test_fuzz.py",
 )
 
