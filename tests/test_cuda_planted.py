@@ -114,7 +114,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.c_int]:
     switch = folder / "switch.h"
     switch.write_text('extern "C" { inline int g2r_planted = 0; }\n', encoding="utf-8")
     sources = [folder / path.name for path in cuda.SOURCES]
-    library = cuda.build(folder / "k.so", "-O1", "-include", str(switch), sources=sources)
+    library = cuda.build(folder / "k.so", "-O2", "-include", str(switch), sources=sources)
     with cuda.used(library):
         yield ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "g2r_planted")
 

@@ -13,7 +13,7 @@
 //   - so do addresses outside shared memory or not aligned, where they pass through a function
 //   here.
 //
-// One launch at a time per operating system thread.
+// One launch at a time.
 #pragma once
 
 #include <cmath>
@@ -357,7 +357,7 @@ __attribute__((used, visibility("default"))) inline void g2r_emulated_pass_over(
 }
 // The waits that have been met so far, "sync_block file:line"; null behind the last.
 __attribute__((used, visibility("default"))) inline const char* g2r_emulated_site(int index) {
-    static thread_local std::string text;
+    static std::string text;
     const auto& sites = g2r::gpu::emulated::sites;
     if (index < 0 || index >= static_cast<int>(sites.size())) return nullptr;
     const auto& site = sites[static_cast<std::size_t>(index)];

@@ -75,8 +75,8 @@ struct Site {
     const char* file;
     int line;
 };
-inline thread_local std::vector<Site> sites;
-inline thread_local int passed_over = -1;
+inline std::vector<Site> sites;
+inline int passed_over = -1;
 
 // Whether to pass over this one.
 inline bool pass_over(const char* what, const char* file, int line) {

@@ -43,18 +43,18 @@ constexpr std::size_t kPage = 4096;
 constexpr std::size_t kGuard = 4096;
 constexpr unsigned char kGuardByte = 0xa5;
 
-inline thread_local std::string message;
+inline std::string message;
 
 // In which order the threads of a block run; `mixed` takes the others in turn, block by block.
 enum class Order { ascending, descending, random, mixed };
-inline thread_local Order order = Order::mixed;
+inline Order order = Order::mixed;
 
 // Since the last reset().
 struct Counts {
     long long blocks, products, loads, conflicts, copies, barriers;
     // conflicts: rows of ldmatrix that wait for another row of the same matrix to leave its banks
 };
-inline thread_local Counts counts = {};
+inline Counts counts = {};
 
 enum class Wait {
     none,
@@ -160,8 +160,8 @@ struct Block {
     bool failed = false;
 };
 
-inline thread_local Block* block = nullptr;
-inline thread_local Fiber* running = nullptr;
+inline Block* block = nullptr;
+inline Fiber* running = nullptr;
 
 #ifdef G2R_SWITCH
 // Saves what a function keeps for its caller, takes the other stack, goes on there.

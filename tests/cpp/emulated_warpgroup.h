@@ -126,13 +126,13 @@ struct Tracked {
     std::vector<Warp> warps;
     std::vector<Fenced> fenced;
 };
-inline thread_local Tracked tracked;
+inline Tracked tracked;
 
 struct WarpgroupCounts {
     long long products = 0;
     long long conflicts = 0;  // rows of core matrices that wait for another to leave its banks
 };
-inline thread_local WarpgroupCounts warpgroup_counts;
+inline WarpgroupCounts warpgroup_counts;
 
 inline void begin_block(Order how, unsigned seed) {
     const auto threads = static_cast<std::size_t>(block->threads);
