@@ -7,14 +7,15 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import Forked
-from training_runs import TINY, small, weights, without_seconds
+from training_runs import ROOT, TINY, small, weights, without_seconds
 
 from g2r_fast.errors import InputError
 from g2r_fast.training import loop, run_folder, train
@@ -162,13 +163,14 @@ def test_kill_9_from_outside(tmp_path: Path) -> None:
     alone = train(small(tmp_path / "alone", **options))
     config = small(tmp_path / "killed", **options)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))  # JSON is YAML
-    command = ["-m", "g2r_fast.training", "--config", str(tmp_path / "run.json")]
-    running = Forked(command, tmp_path, os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "g2r_fast.training", "--config", str(tmp_path / "run.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while running.process.is_alive() and not list(checkpoints.glob("*.pt")):
+    while process.poll() is None and not list(checkpoints.glob("*.pt")):
         time.sleep(0.05)
-    running.process.kill()
-    assert running.wait().returncode == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     resumed = train(config)
     a, b = weights(alone), weights(resumed)
     assert all(torch.equal(a[name], b[name]) for name in a)
