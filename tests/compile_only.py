@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import io
 import multiprocessing
@@ -158,12 +159,23 @@ class TritonKernels:
 
     def __init__(self, folder: Path, cache: str, everything: bool) -> None:
         import triton
+        from triton.runtime.cache import FileCacheManager
+
+        class Unshared(FileCacheManager):
+            """Nobody else reads or writes there: no detour over a folder for each file."""
+
+            def put(self, data: Any, filename: str, binary: bool = True) -> str:
+                path = Path(self._make_path(filename))
+                path.write_bytes(data if isinstance(data, bytes) else str(data).encode())
+                return str(path)
 
         self.version = triton.__version__
         triton.knobs.nvidia.dump_ptxas_log = True
         # A cache of its own, as the assembler reports nothing about a kernel found in the cache.
         triton.knobs.cache.dir = cache
+        triton.knobs.cache.manager_class = Unshared
         _cases[:] = load_cases(folder)
+        gc.freeze()  # what has been imported stays, and need not be looked through again
         self.archs = [arch for arch in SHARED_LIMIT if arch in REQUIRED or knows(arch)]
         chosen = set(range(len(_cases))) if everything else plainest(_cases)
         self.pool = ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
