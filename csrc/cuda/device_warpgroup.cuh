@@ -185,7 +185,8 @@ G2R_DEVICE void wgmma_registers(Registers&...) {}
 #else
 
 // Better no result than memory as it was.
-G2R_DEVICE void without_warpgroups() {
+template <typename... Arguments>
+G2R_DEVICE void without_warpgroups(const Arguments&...) {
 #ifdef __CUDA_ARCH__
     asm volatile("trap;");
 #endif

@@ -116,9 +116,7 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(two_warpgroups, 1)
     wgmma_registers(dk[0], dv[0]);
     store_key_gradients<dim, keys, 1>(call, dk, dv);
 #else
-    (void)call;
-    (void)inverse_softcap;
-    without_warpgroups();
+    without_warpgroups(call, inverse_softcap);
 #endif
 }
 

@@ -131,9 +131,7 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(two_warpgroups, 1)
     store_rows<T, dim, 1>(static_cast<T*>(call.dq), index, dq,
                           shared_q + warp * 16 * row_bytes<dim>);
 #else
-    (void)call;
-    (void)inverse_softcap;
-    without_warpgroups();
+    without_warpgroups(call, inverse_softcap);
 #endif
 }
 

@@ -147,9 +147,7 @@ G2R_GLOBAL void G2R_LAUNCH_BOUNDS(two_warpgroups, (WarpgroupForwardShape<dim, ca
     store_rows<T, dim, 1>(static_cast<T*>(call.out), index, out,
                           shared_q + warp * 16 * row_bytes<dim>);
 #else
-    (void)call;
-    (void)inverse_softcap;
-    without_warpgroups();
+    without_warpgroups(call, inverse_softcap);
 #endif
 }
 

@@ -169,7 +169,7 @@ inline void tell_deadlock() {
     fail(what);
 }
 
-inline void begin_block(Order how, unsigned seed);  // in emulated_warpgroup.h
+inline void begin_block(Order how, unsigned seed);  // in emulated_tracked.h
 
 inline void run_block(Order how, std::mt19937& generator) {
     const auto runnable = [](const Fiber& fiber) { return fiber.wait == Wait::none; };
