@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from g2r_fast.kernels.configs import attention_cases
+from g2r_fast.kernels.configs import attention_cases, replaced_on
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase
 
 try:
@@ -223,6 +223,7 @@ def compile_cases_of(
             options=config.options(),
             aligned=True,
             arch=config.arch,
+            not_on=replaced_on(config, dtype, capped),
         )
         for config, dtype, windowed, capped, name in attention_cases(op)
     ]

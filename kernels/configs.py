@@ -16,7 +16,7 @@ from g2r_fast.kernels.launching import TRITON_DTYPES
 
 from g2r_fast.errors import InputError
 
-__all__ = ["ATTENTION", "AttentionConfig", "attention_cases", "attention_config"]
+__all__ = ["ATTENTION", "AttentionConfig", "attention_cases", "attention_config", "replaced_on"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32,)
@@ -207,6 +207,17 @@ def attention_config(op: str, q: torch.Tensor, softcap: float) -> AttentionConfi
         "attention has no kernel for such queries",
         expected="a head_dim of at most 256, in float32 128",
         got=f"{q.dtype} and {q.shape[2]}",
+    )
+
+
+def replaced_on(config: AttentionConfig, dtype: torch.dtype, capped: bool) -> frozenset[int]:
+    """The compute capabilities where records of their own take every call that this one would."""
+    special = {record.arch for record in ATTENTION if record.arch is not None} - {config.arch}
+    sizes = range(1, config.head_dim + 1)
+    return frozenset(
+        arch
+        for arch in special
+        if all(config is not _first(config.op, dtype, d, capped, arch) for d in sizes)
     )
 
 

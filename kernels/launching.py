@@ -38,6 +38,10 @@ class CompileCase:
     options: Mapping[str, Any]  # num_warps and the like, as at launch
     aligned: bool  # pointers and sizes are multiples of 16, as Triton finds them at most launches
     arch: int | None = None  # the one compute capability that it is for, 90 for 9.0; None: any
+    not_on: frozenset[int] = frozenset()  # those where another case is launched in its place
+
+    def is_launched_on(self, arch: int) -> bool:
+        return self.arch in (None, arch) and arch not in self.not_on
 
 
 @cache

@@ -183,7 +183,7 @@ class TritonKernels:
             {
                 arch: self.pool.submit(_compiled, index, arch)
                 for arch in self.archs
-                if case.arch in (None, arch) and (arch in REQUIRED or index in chosen)
+                if case.is_launched_on(arch) and (arch in REQUIRED or index in chosen)
             }
             for index, case in enumerate(_cases)
         ]
@@ -196,7 +196,7 @@ class TritonKernels:
         for case, reports in zip(_cases, self.reports, strict=True):
             cells, complaints = [], []
             for arch in self.archs:
-                if arch not in reports:  # another GPU's own, or see plainest
+                if arch not in reports:  # not launched there, or see plainest
                     cells.append("-")
                     continue
                 report = reports[arch].result()

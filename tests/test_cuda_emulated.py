@@ -254,7 +254,7 @@ def test_the_kernels_stay_inside_their_memory(tmp_path: Path) -> None:
         if not Path(found).is_absolute():
             pytest.skip(f"{COMPILER} has no {name}")
         preloaded.append(found)
-    library = cuda.build(tmp_path / "kernels.so", "-O1", *cuda.SANITIZERS)
+    library = cuda.build(tmp_path / "kernels.so", "-Og", *cuda.SANITIZERS)
     cases = [
         str(case) for op in OPS for case in (cuda.select(op, integers=True)[5], demanding(op)[0])
     ]

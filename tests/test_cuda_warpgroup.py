@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST = ROOT / "tests" / "cpp" / "test_cuda_warpgroup.cpp"
 INCLUDES = [f"-I{ROOT / 'tests' / 'cpp'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 BUILDS = {
-    "sanitized": [*cuda.SANITIZERS, "-O1"],
+    "sanitized": [*cuda.SANITIZERS, "-Og"],
     "optimised": ["-O2"],
 }
 

@@ -7,6 +7,7 @@ takes `out` and `lse` as they were kept: a dense float64 softmax under a mask of
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from g2r_fast.kernels import (
 )
 from g2r_fast.kernels import configs as configurations
 from g2r_fast.kernels.configs import ATTENTION, AttentionConfig, attention_config
+from g2r_fast.kernels.launching import TRITON_DTYPES
 from native_arguments import Draw
 from native_calls import output_shapes
 from native_cases import Case, select, truth
@@ -408,12 +410,37 @@ def test_every_configuration_is_compiled_and_says_why() -> None:
         of_it = of_it if torch.bfloat16 in config.dtypes else of_it.replace("bf16", "fp32")
         compiled = [name for name in names if name.startswith(f"attention {of_it}")]
         assert {"window" in name for name in compiled} == {True, False}, f"{of_it} is never used"
-    for dtype in DTYPES:
-        for op in ("forward", "queries", "keys"):
-            for head_dim in (8, 16, 48, 64, 80, 128, *([] if dtype == torch.float32 else [256])):
-                for softcap in (0.0, 30.0):
-                    q = torch.empty(0, 1, head_dim, dtype=dtype)
-                    assert head_dim <= configurations.attention_config(op, q, softcap).head_dim
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_what_a_call_launches_is_compiled_for_its_gpu(
+    arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every head_dim: the cases name the largest of each record."""
+    monkeypatch.setattr(configurations, "_arch", lambda device: arch)
+    modules = {
+        "forward": attention_forward,
+        "queries": attention_backward_queries,
+        "keys": attention_backward_keys,
+    }
+    for op, module in modules.items():
+        names = ("HEAD_DIM", "ROWS", "KEYS", "CAPPED", "WINDOWED")
+        compiled = {
+            (case.signature["q_ptr"], *map(case.constants.get, names), *case.options.values())
+            for case in module.compile_cases()
+            if case.is_launched_on(arch)
+        }
+        launched = set()
+        for dtype, softcap in itertools.product(DTYPES, (0.0, 30.0)):
+            for head_dim in range(1, 129 if dtype == torch.float32 else 257):
+                q = torch.empty(0, 1, head_dim, dtype=dtype)
+                config = attention_config(op, q, softcap)
+                assert head_dim <= config.head_dim
+                pointer, capped = f"*{TRITON_DTYPES[dtype]}", bool(softcap)
+                tile = (pointer, config.head_dim, config.rows, config.keys, capped)
+                options = config.options().values()
+                launched |= {(*tile, windowed, *options) for windowed in (False, True)}
+        assert launched == compiled
 
 
 def test_queries_without_a_kernel_are_refused() -> None:
