@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from g2r_fast.kernels.configs import WIDEST
 from g2r_fast.kernels.launching import TRITON_DTYPES, is_interpreted, triton_version
-from g2r_fast.kernels.rms_norm import WIDEST
 
 from . import cuda_attention, native, native_ops, triton_device
 from .errors import BackendError, InputError

@@ -10,10 +10,10 @@ are written; everything in between is float64 and lives in registers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import CompileCase, check_vector, require_triton
 
 from g2r_fast.errors import InputError, InputTypeError
@@ -24,38 +24,12 @@ try:
 except ImportError:  # a machine without a GPU need not have it; advantages() then says so
     triton = None
 
-__all__ = ["CONFIG", "ESTIMATORS", "AdvantagesConfig", "advantages", "compile_cases"]
+__all__ = ["CONFIG", "ESTIMATORS", "advantages", "compile_cases"]
 
 ESTIMATORS = ("returns_pooled", "rewards_pooled", "normalise_then_cumsum", "scaled_sequence")
 
 
-@dataclass(frozen=True)
-class AdvantagesConfig:
-    """Launch configuration: one program a group, `block_t` tokens of a sequence a step, and the
-    registers that a thread may have."""
-
-    block_t: int
-    num_warps: int
-    max_registers: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {
-            "num_warps": self.num_warps,
-            "maxnreg": self.max_registers,
-            "enable_fp_fusion": True,
-        }
-
-
-CONFIG = AdvantagesConfig(
-    block_t=512,
-    num_warps=4,
-    max_registers=128,
-    reason="By arithmetic, not yet by measurement: 4 float64 a thread keep rewards, sums and the "
-    "scan in registers; a group of 8 responses of 1000 tokens is 16 steps for each of three "
-    "sweeps. Groups are few, so that registers are no constraint; left to choose, the assembler "
-    "takes 64 and spills.",
-)
+CONFIG = LAUNCHES["advantages"]
 
 if triton is not None:
 
@@ -272,7 +246,6 @@ def advantages(
     scores: torch.Tensor | None = None,
     shares: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
-    config: AdvantagesConfig = CONFIG,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`A = (R - R[group].mean()) / R[group].std(correction=0)`, and the other estimators.
 
@@ -286,7 +259,6 @@ def advantages(
         shares: [M] float64 or float32, "scaled_sequence" only: the mean attributions; without them
             they are derived from the rewards.
         keep: [M] bool; tokens that are False take no part and get 0.
-        config: launch configuration.
 
     Returns:
         advantages [M] float32; the groups without spread [N / group_size] int32, 1 where there is
@@ -341,8 +313,8 @@ def advantages(
             DIVIDE=divide_by_std,
             MASKED=keep is not None,
             SHARES=shares is not None,
-            BLOCK_T=config.block_t,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return out, flat, mixed
 
@@ -371,7 +343,7 @@ def compile_cases() -> list[CompileCase]:
                 "DIVIDE": divide,
                 "MASKED": masked,
                 "SHARES": shares,
-                "BLOCK_T": CONFIG.block_t,
+                **CONFIG.blocks,
             },
             options=CONFIG.options(),
             aligned=False,

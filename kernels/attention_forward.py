@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from g2r_fast.kernels.attention_paths import compile_cases_of
-from g2r_fast.kernels.configs import AttentionConfig, attention_config
+from g2r_fast.kernels.configs import AttentionConfig, attention_config, operand_precision
 from g2r_fast.kernels.launching import CompileCase, is_interpreted, require_triton
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def attention_forward(
         KEYS=config.keys,
         WINDOWED=windowed,
         CAPPED=softcap != 0,
-        PRODUCTS=config.products(q.dtype, is_interpreted()),
+        PRODUCTS=operand_precision(q.dtype, is_interpreted()),
         **config.options(),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from g2r_fast.kernels.configs import attention_cases, replaced_on
+from g2r_fast.kernels.configs import attention_cases, operand_precision, replaced_on
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase
 
 try:
@@ -218,7 +218,7 @@ def compile_cases_of(
                 "KEYS": config.keys,
                 "WINDOWED": windowed,
                 "CAPPED": capped,
-                "PRODUCTS": config.products(dtype, False),
+                "PRODUCTS": operand_precision(dtype, False),
             },
             options=config.options(),
             aligned=True,

@@ -12,9 +12,9 @@ accumulated in float32; softmax and sums, a few elements per token, are float64 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -33,35 +33,12 @@ try:
 except ImportError:  # a machine without a GPU need not have it; attribution() then says so
     triton = None
 
-__all__ = ["CONFIG", "READOUTS", "AttributionConfig", "attribution", "compile_cases"]
+__all__ = ["CONFIG", "READOUTS", "attribution", "compile_cases"]
 
 READOUTS = ("dot", "l1", "l2")
 
 
-@dataclass(frozen=True)
-class AttributionConfig:
-    """Launch configuration: `block_t` tokens a program, `block_h` columns a step of the read-out;
-    `block_s` tokens a step of softmax and sums."""
-
-    block_t: int
-    block_h: int
-    block_s: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = AttributionConfig(
-    block_t=8,
-    block_h=512,
-    block_s=512,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: a step reads 16 KB of gradients with 16 bytes a "
-    "thread and load, its sums take 32 registers; a response of 500 tokens and 8 items still gives "
-    "500 programs, several for every multiprocessor. 512 float64 are 8 registers a thread.",
-)
+CONFIG = LAUNCHES["attribution"]
 
 if triton is not None:
 
@@ -166,7 +143,6 @@ def attribution(
     *,
     readout: str = "dot",
     scales: Sequence[float] | None = None,
-    config: AttributionConfig = CONFIG,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`softmax_rewards` of `b_j = (grads[rows_j] * embed[row_map[tokens_j]]).sum(-1) * scale_j`.
 
@@ -178,7 +154,6 @@ def attribution(
         row_map: [count] int64 or int32, the row of embed of each token that can earn; "dot" only.
         readout: "dot", "l1" or "l2", the norms of the gradient.
         scales: J numbers that multiply b; 1 by default.
-        config: launch configuration.
 
     Returns:
         b [total] float32, alpha [total] and rewards [count] float64.
@@ -218,7 +193,7 @@ def attribution(
                              expected=f"{count} on {grads.device}",
                              got=f"{len(row_map)} on {row_map.device}")  # fmt: skip
     tables = segment_tables(
-        lengths, weights, starts, temperature, grads.device, block_t=config.block_t,
+        lengths, weights, starts, temperature, grads.device, block_t=CONFIG.blocks["BLOCK_T"],
         first_rows=first_rows, strides=strides, scales=scales,
     )  # fmt: skip
     total = sum(lengths)
@@ -245,10 +220,8 @@ def attribution(
             J,
             READOUT=readout,
             STANDARDISE=standardise,
-            BLOCK_T=config.block_t,
-            BLOCK_H=config.block_h,
-            BLOCK_S=config.block_s,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return b, alpha, rewards
 
@@ -283,9 +256,7 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 "READOUT": readout,
                 "STANDARDISE": standardise,
-                "BLOCK_T": CONFIG.block_t,
-                "BLOCK_H": CONFIG.block_h,
-                "BLOCK_S": CONFIG.block_s,
+                **CONFIG.blocks,
             },
             options=CONFIG.options(),
             aligned=aligned,

@@ -1,12 +1,14 @@
-"""Launch configurations of the attention kernels, and why each is what it is.
+"""Launch configurations of every kernel in one table, and why each is what it is.
 
-`attention_config` takes the first record that covers the GPU and the dtype, head_dim and softcap
-of a call. All that are for every GPU fit the 99 KB of shared memory that a block can have anywhere.
+`LAUNCHES` holds the kernels with one configuration; `NORMS` and `ATTENTION` those whose tiles
+depend on the dtype and more, where the first record that covers a call is taken; `row_config` and
+`heads_config` compute theirs from a width. All that are for every GPU fit the 99 KB of shared
+memory that a block can have anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -16,11 +18,220 @@ from g2r_fast.kernels.launching import TRITON_DTYPES
 
 from g2r_fast.errors import InputError
 
-__all__ = ["ATTENTION", "AttentionConfig", "attention_cases", "attention_config", "replaced_on"]
+__all__ = [
+    "ATTENTION",
+    "LAUNCHES",
+    "NORMS",
+    "WIDEST",
+    "AttentionConfig",
+    "LaunchConfig",
+    "NormConfig",
+    "attention_cases",
+    "attention_config",
+    "heads_config",
+    "norm_config",
+    "operand_precision",
+    "replaced_on",
+    "row_config",
+]
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32,)
 _REGISTERS = 65536  # of a multiprocessor
+
+WIDEST = 16384  # columns of a row operation: a row lies in the registers of one block of threads
+
+
+def operand_precision(dtype: torch.dtype, interpreted: bool) -> str:
+    """How operands are multiplied: see attention_paths.product."""
+    return "wide" if interpreted else "ieee" if dtype == torch.float32 else "narrow"
+
+
+def _options(
+    num_warps: int, num_stages: int | None = None, registers: int | None = None
+) -> dict[str, int | bool]:
+    # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
+    found: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if num_stages is not None:
+        found["num_stages"] = num_stages
+    if registers is not None:
+        found["maxnreg"] = registers
+    return found
+
+
+def _all_registers(num_warps: int) -> int:
+    """All that so many threads can have. Left to itself the assembler may take fewer, for the sake
+    of more blocks, and spill a few bytes."""
+    return min(255, _REGISTERS // (32 * num_warps))
+
+
+# --- one configuration a kernel -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One launch: the sizes that a kernel is compiled for, named as there, and its warps."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    reason: str
+    max_registers: int | None = None  # of a thread; None: what the assembler chooses
+
+    def options(self) -> dict[str, int | bool]:
+        return _options(self.num_warps, registers=self.max_registers)
+
+
+LAUNCHES = {
+    "advantages": LaunchConfig(
+        {"BLOCK_T": 512},  # tokens of a sequence a step; one program a group
+        4,
+        "By arithmetic, not yet by measurement: 4 float64 a thread keep rewards, sums and the scan "
+        "in registers; a group of 8 responses of 1000 tokens is 16 steps for each of three sweeps. "
+        "Groups are few, so that registers are no constraint; left to choose, the assembler takes "
+        "64 and spills.",
+        max_registers=128,
+    ),
+    "attribution": LaunchConfig(
+        # Tokens a program, columns a step of the read-out, tokens a step of softmax and sums.
+        {"BLOCK_T": 8, "BLOCK_H": 512, "BLOCK_S": 512},
+        4,
+        "By arithmetic, not yet by measurement: a step reads 16 KB of gradients with 16 bytes a "
+        "thread and load, its sums take 32 registers; a response of 500 tokens and 8 items still "
+        "gives 500 programs, several for every multiprocessor. 512 float64 are 8 registers a "
+        "thread.",
+    ),
+    "gated": LaunchConfig(  # and gated_backward
+        {"BLOCK": 1024},  # columns of a row a program
+        4,
+        "By arithmetic, not by measurement: 128 threads times 16 bytes of half precision a tensor.",
+    ),
+    "lanes": LaunchConfig(
+        {"BLOCK": 512},  # partial sums a step; one program a lane
+        4,
+        "By arithmetic, not yet by measurement: 128 threads times 16 bytes; a lane has tens to "
+        "thousands of parts, and reading them is nothing beside making them.",
+    ),
+    "log_probabilities": LaunchConfig(
+        {"BLOCK_V": 2048},  # words a step; one program a row
+        8,
+        "By arithmetic, not yet by measurement: 8 words a thread and step are 16 to 32 bytes in "
+        "flight, their running maximum, sums and guard take 32 registers, and one exponential a "
+        "word stays below the rate at which memory delivers words.",
+    ),
+    "objective_cotangents": LaunchConfig(
+        {"BLOCK_V": 2048},  # words of a row a program
+        8,
+        "By arithmetic, not yet by measurement: 8 words a thread are 16 to 32 bytes in flight, and "
+        "one row of 152064 words already gives 75 programs.",
+    ),
+    "residual_sums": LaunchConfig(
+        # Words a program and stretch; rows that are summed before they are added to what was there.
+        {"BLOCK_V": 512, "BLOCK_R": 64},
+        4,
+        "By arithmetic, not yet by measurement: four words a thread are the widest load, and one "
+        "stretch over a vocabulary of 150,000 then makes some 300 programs, two a multiprocessor. "
+        "64 rows and as many sums of them keep every chain of additions of a long sequence short.",
+    ),
+    "row_dot": LaunchConfig(
+        {"BLOCK_H": 1024},  # columns a step; one program a row
+        4,
+        "By arithmetic, not yet by measurement: 128 threads times 16 bytes, the widest load, are "
+        "1024 half-precision columns a step, and there are far more rows than multiprocessors.",
+    ),
+    "softmax_rewards": LaunchConfig(
+        {"BLOCK_S": 512},  # tokens a step; one program a judgement
+        4,
+        "By arithmetic, not yet by measurement: most responses take one step or two, and 512 "
+        "float64 are 8 registers a thread.",
+    ),
+    "squared_row_sums": LaunchConfig(
+        {"ROWS": 32, "COLUMNS": 64},  # columns a program, rows of them a step
+        4,
+        "By arithmetic, not yet by measurement: few columns, so that the lanes of a batch and the "
+        "columns of a hidden state are programs enough; 64 half-precision ones are a line of "
+        "memory, and 32 rows of them two loads of 16 bytes a thread.",
+    ),
+}
+
+
+@cache
+def row_config(width: int) -> LaunchConfig:
+    """Of rms_norm and rms_norm_backward: whole rows a program, columns with their padding."""
+    if not 0 < width <= WIDEST:
+        raise InputError("rows have an unusable width", expected=f"1 to {WIDEST}", got=width)
+    block_h = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, 2048 // block_h)
+    return LaunchConfig(
+        {"ROWS": rows, "BLOCK_H": block_h},
+        min(16, max(4, rows * block_h // 512)),
+        "By arithmetic, not by measurement: 16 columns a thread, two loads of 16 bytes from half "
+        "precision; more than 16 warps would leave fewer than 128 registers a thread.",
+    )
+
+
+@cache
+def heads_config(heads: int, half: int, norms: bool) -> LaunchConfig:
+    """Of heads, heads_backward and head_norm_products: heads and columns of a half a program."""
+    block_half = max(8, 1 << (half - 1).bit_length())
+    most = max(1, (512 if norms else 1024) // block_half)
+    return LaunchConfig(
+        {"BLOCK_HEADS": min(1 << (heads - 1).bit_length(), most), "BLOCK_HALF": block_half},
+        4,
+        "By arithmetic, not by measurement: 2048 elements a program, 16 a thread; with norms half "
+        "of that, as more of them live in registers at a time.",
+    )
+
+
+# --- gradient norms -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """One launch: a program makes `tile` x `tile` sums of products, `step` terms at a time."""
+
+    way: str
+    dtypes: tuple[torch.dtype, ...]
+    tile: int
+    step: int
+    num_warps: int
+    num_stages: int
+    reason: str
+
+    def options(self) -> dict[str, int | bool]:
+        return _options(self.num_warps, self.num_stages, _all_registers(self.num_warps))
+
+
+NORMS = (
+    NormConfig(
+        "gram", _HALF, 128, 32, 8, 4,
+        "By arithmetic, not yet by measurement: 64 FLOPs a byte read; two sums of 128 x 128 are "
+        "128 registers of a thread. Steps of 64, whose pointers are twice as many, spill where "
+        "rows are no whole vectors.",
+    ),
+    NormConfig(
+        "gram", _FULL, 64, 16, 8, 2,
+        "By arithmetic, not yet by measurement: exact products keep their operands in registers. "
+        "4 warps, or steps of 32, spill.",
+    ),
+    NormConfig(
+        "direct", _HALF, 128, 64, 8, 3,
+        "By arithmetic, not yet by measurement: 64 FLOPs a byte read; one sum of 128 x 128 is 64 "
+        "registers of a thread, which leaves room for steps of 64.",
+    ),
+    NormConfig(
+        "direct", _FULL, 64, 16, 8, 2,
+        "By arithmetic, not yet by measurement: exact products keep their operands in registers. "
+        "4 warps, or steps of 32, spill.",
+    ),
+)  # fmt: skip
+
+
+def norm_config(way: str, dtype: torch.dtype) -> NormConfig:
+    """The shipped configuration of a way for inputs and gradients of a dtype."""
+    return next(c for c in NORMS if c.way == way and dtype in c.dtypes)
+
+
+# --- attention ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,21 +250,8 @@ class AttentionConfig:
     arch: int | None = None  # the one compute capability that it is for, 90 for 9.0; None: any
 
     def options(self) -> dict[str, int | bool]:
-        # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
-        found: dict[str, int | bool] = {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-        if self.arch is None:
-            # All that so many threads can have. Left to itself the assembler may take fewer, for
-            # the sake of more blocks, and spill a few bytes.
-            found["maxnreg"] = min(255, _REGISTERS // (32 * self.num_warps))
-        return found
-
-    def products(self, dtype: torch.dtype, interpreted: bool) -> str:
-        """How operands are multiplied: see attention_paths.product."""
-        return "wide" if interpreted else "ieee" if dtype == torch.float32 else "narrow"
+        registers = _all_registers(self.num_warps) if self.arch is None else None
+        return _options(self.num_warps, self.num_stages, registers)
 
 
 _MEASURED = "Measured on an H200, bench/results/gpu-attention-sweep.json. "

@@ -12,6 +12,7 @@ bound.
 from __future__ import annotations
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, check_vector, require_triton
 from g2r_fast.kernels.rms_norm import check_dense, check_shapes
 
@@ -23,13 +24,11 @@ try:
 except ImportError:  # a machine without a GPU need not have it; gated() then says so
     triton = None
 
-__all__ = ["ACTIVATIONS", "BLOCK", "OPTIONS", "compile_cases", "gated"]
+__all__ = ["ACTIVATIONS", "CONFIG", "compile_cases", "gated"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
-# By arithmetic, not by measurement: 128 threads times 16 bytes of half precision a tensor.
-BLOCK = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+CONFIG = LAUNCHES["gated"]
 
 if triton is not None:
 
@@ -123,7 +122,7 @@ def gated(
     check_shapes((rows, width), up=up, out=out)
     check_shapes((-1, width), d_gate=d_gate)
     check_shapes(tuple(d_gate.shape), d_up=d_up, kept_out=kept_out)
-    steps = (width + BLOCK - 1) // BLOCK
+    steps = triton.cdiv(width, CONFIG.blocks["BLOCK"])
     if rows:
         _gated_kernel[(rows * steps,)](
             gate,
@@ -137,8 +136,8 @@ def gated(
             KEEP_OUT=keep_out,
             I=width,
             STEPS=steps,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
 
 
@@ -161,10 +160,10 @@ def compile_cases() -> list[CompileCase]:
                 "ACTIVATION": activation,
                 "KEEP_OUT": keep,
                 "I": width,
-                "STEPS": (width + BLOCK - 1) // BLOCK,
-                "BLOCK": BLOCK,
+                "STEPS": triton.cdiv(width, CONFIG.blocks["BLOCK"]),
+                **CONFIG.blocks,
             },
-            options=OPTIONS,
+            options=CONFIG.options(),
             aligned=aligned,
         )
         for activation in ACTIVATIONS

@@ -10,7 +10,7 @@ bandwidth is the bound.
 from __future__ import annotations
 
 import torch
-from g2r_fast.kernels.gated import BLOCK, OPTIONS
+from g2r_fast.kernels.gated import CONFIG
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, check_vector, require_triton
 from g2r_fast.kernels.rms_norm import check_dense, check_shapes
 
@@ -79,10 +79,18 @@ def gated_backward(
     check_shapes((-1, width), d_gate=d_gate)
     check_shapes(tuple(d_gate.shape), d_up=d_up)
     check_shapes((rows, 2, width), out=out)
-    steps = (width + BLOCK - 1) // BLOCK
+    steps = triton.cdiv(width, CONFIG.blocks["BLOCK"])
     if rows:
         _gated_backward_kernel[(rows * steps,)](
-            grad, index, d_gate, d_up, out, I=width, STEPS=steps, BLOCK=BLOCK, **OPTIONS
+            grad,
+            index,
+            d_gate,
+            d_up,
+            out,
+            I=width,
+            STEPS=steps,
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
 
 
@@ -99,8 +107,12 @@ def compile_cases() -> list[CompileCase]:
                 "d_up_ptr": f"*{dtype}",
                 "out_ptr": f"*{dtype}",
             },
-            constants={"I": width, "STEPS": (width + BLOCK - 1) // BLOCK, "BLOCK": BLOCK},
-            options=OPTIONS,
+            constants={
+                "I": width,
+                "STEPS": triton.cdiv(width, CONFIG.blocks["BLOCK"]),
+                **CONFIG.blocks,
+            },
+            options=CONFIG.options(),
             aligned=aligned,
         )
         for dtype in TRITON_DTYPES.values()

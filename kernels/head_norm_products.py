@@ -12,7 +12,7 @@ and 8D more; memory bandwidth is the bound.
 from __future__ import annotations
 
 import torch
-from g2r_fast.kernels.heads import OPTIONS, blocks
+from g2r_fast.kernels.configs import heads_config
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, check_vector, require_triton
 from g2r_fast.kernels.rms_norm import check_dense, check_shapes
 
@@ -104,7 +104,7 @@ def head_norm_products(
     check_shapes(tuple(cos.shape), sin=sin)
     check_shapes((len(cos), heads, 2 * cos.shape[1]), normed=normed)
     check_shapes((rows, dim), out=out)
-    block_heads, block_half = blocks(heads, dim // 2, True)
+    config = heads_config(heads, dim // 2, True)
     if rows:
         _head_norm_products_kernel[(rows,)](
             grad,
@@ -116,9 +116,8 @@ def head_norm_products(
             float(scaling),
             HEADS=heads,
             HALF=dim // 2,
-            BLOCK_HEADS=block_heads,
-            BLOCK_HALF=block_half,
-            **OPTIONS,
+            **config.blocks,
+            **config.options(),
         )
 
 
@@ -140,10 +139,9 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 "HEADS": heads,
                 "HALF": half,
-                "BLOCK_HEADS": blocks(heads, half, True)[0],
-                "BLOCK_HALF": blocks(heads, half, True)[1],
+                **heads_config(heads, half, True).blocks,
             },
-            options=OPTIONS,
+            options=heads_config(heads, half, True).options(),
             aligned=aligned,
         )
         for heads, half, aligned in ((16, 64, True), (8, 64, True), (8, 128, True), (3, 7, False))

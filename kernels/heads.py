@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from g2r_fast.kernels.configs import heads_config
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -32,10 +33,7 @@ try:
 except ImportError:  # a machine without a GPU need not have it; heads() then says so
     triton = None
 
-__all__ = ["OPTIONS", "blocks", "cases_of_heads", "compile_cases", "heads", "norm_pointers"]
-
-# Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+__all__ = ["cases_of_heads", "compile_cases", "heads", "norm_pointers"]
 
 if triton is not None:
 
@@ -136,16 +134,6 @@ if triton is not None:
             tl.store(v + HALF, y2.to(storage), mask=mask)
 
 
-def blocks(heads: int, half: int, norms: bool) -> tuple[int, int]:
-    """Heads and columns of a half that one program takes: 2048 elements, 16 a thread.
-
-    With norms half of that, as more of them live in registers at a time.
-    """
-    block_half = max(8, 1 << (half - 1).bit_length())
-    most = max(1, (512 if norms else 1024) // block_half)
-    return min(1 << (heads - 1).bit_length(), most), block_half
-
-
 def heads(
     source: torch.Tensor,
     cos: torch.Tensor,
@@ -214,8 +202,8 @@ def heads(
     if not len(source) or not sum(given):
         return
     norms = q_norm is not None or k_norm is not None
-    block_heads, block_half = blocks(sum(given), half, norms)
-    _heads_kernel[(len(source), (sum(given) + block_heads - 1) // block_heads)](
+    config = heads_config(sum(given), half, norms)
+    _heads_kernel[(len(source), triton.cdiv(sum(given), config.blocks["BLOCK_HEADS"]))](
         source,
         cos,
         sin,
@@ -231,9 +219,8 @@ def heads(
         HALF=half,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
-        BLOCK_HEADS=block_heads,
-        BLOCK_HALF=block_half,
-        **OPTIONS,
+        **config.blocks,
+        **config.options(),
     )
 
 
@@ -279,7 +266,7 @@ def cases_of_heads(
             (3, 1, 1, 7, False),
         ):
             for norm in (False, True):
-                block_heads, block_half = blocks(q + k + v, half, norm)
+                config = heads_config(q + k + v, half, norm)
                 cases.append(
                     CompileCase(
                         name=f"{name} {q} {k} {v} {2 * half}{' norm' if norm else ''} {dtype}"
@@ -293,10 +280,9 @@ def cases_of_heads(
                             "HALF": half,
                             "Q_NORM": norm and q > 0,
                             "K_NORM": norm and k > 0,
-                            "BLOCK_HEADS": block_heads,
-                            "BLOCK_HALF": block_half,
+                            **config.blocks,
                         },
-                        options=OPTIONS,
+                        options=config.options(),
                         aligned=aligned,
                     )
                 )

@@ -13,7 +13,8 @@ be missing, in `out` too. Cost per row, with two-byte storage: 4 heads D + 12 kv
 from __future__ import annotations
 
 import torch
-from g2r_fast.kernels.heads import OPTIONS, blocks, cases_of_heads, norm_pointers
+from g2r_fast.kernels.configs import heads_config
+from g2r_fast.kernels.heads import cases_of_heads, norm_pointers
 from g2r_fast.kernels.launching import (
     CompileCase,
     check_vector,
@@ -200,8 +201,8 @@ def heads_backward(
     if not len(out) or not sum(given):
         return
     norms = q_norm is not None or k_norm is not None
-    block_heads, block_half = blocks(sum(given), half, norms)
-    _heads_backward_kernel[(len(out), (sum(given) + block_heads - 1) // block_heads)](
+    config = heads_config(sum(given), half, norms)
+    _heads_backward_kernel[(len(out), triton.cdiv(sum(given), config.blocks["BLOCK_HEADS"]))](
         out if dq is None else dq,
         cos if dk is None else dk,
         cos if dv is None else dv,
@@ -218,9 +219,8 @@ def heads_backward(
         HALF=half,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
-        BLOCK_HEADS=block_heads,
-        BLOCK_HALF=block_half,
-        **OPTIONS,
+        **config.blocks,
+        **config.options(),
     )
 
 

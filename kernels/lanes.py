@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import CompileCase, check_device, check_vector
 
 from g2r_fast.errors import InputError, InputTypeError
@@ -24,7 +25,6 @@ except ImportError:  # a machine without a GPU need not have it; the launchers t
 
 __all__ = [
     "CONFIG",
-    "LaneSumConfig",
     "Lanes",
     "add_partials",
     "check_entries",
@@ -34,24 +34,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class LaneSumConfig:
-    """Launch configuration: one program a lane, ``block`` partial sums a step."""
-
-    block: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = LaneSumConfig(
-    block=512,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: 128 threads times 16 bytes; a lane has tens to "
-    "thousands of parts, and reading them is nothing beside making them.",
-)
+CONFIG = LAUNCHES["lanes"]
 
 
 @dataclass(frozen=True)
@@ -150,15 +133,11 @@ def lane_table(
     return table, lanes, int(number.sum())
 
 
-def add_partials(
-    partials: torch.Tensor, table: torch.Tensor, *, config: LaneSumConfig = CONFIG
-) -> torch.Tensor:
+def add_partials(partials: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """`[lanes]` float64: for each row of the table the sum of its parts, at its lane."""
     out = torch.empty(len(table), dtype=torch.float64, device=table.device)
     if len(table):
-        _lane_sums_kernel[(len(table),)](
-            partials, table, out, BLOCK=config.block, **config.options()
-        )
+        _lane_sums_kernel[(len(table),)](partials, table, out, **CONFIG.blocks, **CONFIG.options())
     return out
 
 
@@ -169,7 +148,7 @@ def compile_cases() -> list[CompileCase]:
             name="lane_sums",
             kernel=_lane_sums_kernel,
             signature={"partials_ptr": "*fp32", "table_ptr": "*i64", "out_ptr": "*fp64"},
-            constants={"BLOCK": CONFIG.block},
+            constants=CONFIG.blocks,
             options=CONFIG.options(),
             aligned=True,
         )

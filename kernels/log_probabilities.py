@@ -12,10 +12,10 @@ is the bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -32,32 +32,14 @@ try:
 except ImportError:  # a machine without a GPU need not have it; the launchers then say so
     triton = None
 
-__all__ = ["CONFIG", "OBJECTIVES", "LogProbabilitiesConfig", "RowStatistics", "check_objective"]
+__all__ = ["CONFIG", "OBJECTIVES", "RowStatistics", "check_objective"]
 __all__ += ["compile_cases", "log_probabilities"]
 
 OBJECTIVES = ("logp", "logp_two_way", "logodds")
 _COLUMNS = 8  # of the statistics of a row, see RowStatistics
 
 
-@dataclass(frozen=True)
-class LogProbabilitiesConfig:
-    """Launch configuration: one program a row, `block_v` words a step."""
-
-    block_v: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = LogProbabilitiesConfig(
-    block_v=2048,
-    num_warps=8,
-    reason="By arithmetic, not yet by measurement: 8 words a thread and step are 16 to 32 bytes in "
-    "flight, their running maximum, sums and guard take 32 registers, and one exponential a word "
-    "stays below the rate at which memory delivers words.",
-)
+CONFIG = LAUNCHES["log_probabilities"]
 
 
 class RowStatistics(NamedTuple):
@@ -206,7 +188,6 @@ def log_probabilities(
     temperature: float = 1.0,
     entropy: bool = False,
     objective: str = "logodds",
-    config: LogProbabilitiesConfig = CONFIG,
 ) -> RowStatistics:
     """`(logits[rows] / temperature).log_softmax(-1).gather(-1, ids)`, and what comes with it.
 
@@ -219,7 +200,6 @@ def log_probabilities(
         entropy: whether it is computed, in nats; else it is NaN.
         objective: whose scale is computed: "logp", `sum of p_v over v != id`, never `1 - p`;
             "logp_two_way", the other word's probability among the two; "logodds", 1.
-        config: launch configuration.
 
     Returns:
         RowStatistics, n rows. `finite` is 0 for a row with any NaN or infinity.
@@ -255,8 +235,8 @@ def log_probabilities(
             OTHER=other_ids is not None,
             ENTROPY=entropy,
             OBJECTIVE=objective,
-            BLOCK_V=config.block_v,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return RowStatistics(*out.unbind(1))
 
@@ -295,7 +275,7 @@ def compile_cases() -> list[CompileCase]:
                 "OTHER": other,
                 "ENTROPY": entropy,
                 "OBJECTIVE": objective,
-                "BLOCK_V": CONFIG.block_v,
+                **CONFIG.blocks,
             },
             options=CONFIG.options(),
             aligned=False,

@@ -8,9 +8,8 @@ Equation 2 of arXiv 2602.01791 without its scale, which log_probabilities finds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -28,27 +27,10 @@ try:
 except ImportError:  # a machine without a GPU need not have it; the launcher then says so
     triton = None
 
-__all__ = ["CONFIG", "CotangentsConfig", "compile_cases", "objective_cotangents"]
+__all__ = ["CONFIG", "compile_cases", "objective_cotangents"]
 
 
-@dataclass(frozen=True)
-class CotangentsConfig:
-    """Launch configuration: one program for `block_v` words of a row."""
-
-    block_v: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = CotangentsConfig(
-    block_v=2048,
-    num_warps=8,
-    reason="By arithmetic, not yet by measurement: 8 words a thread are 16 to 32 bytes in flight, "
-    "and one row of 152064 words already gives 75 programs.",
-)
+CONFIG = LAUNCHES["objective_cotangents"]
 
 if triton is not None:
 
@@ -89,7 +71,6 @@ def objective_cotangents(
     other_ids: torch.Tensor | None = None,
     *,
     objective: str = "logp",
-    config: CotangentsConfig = CONFIG,
 ) -> torch.Tensor:
     """`onehot(id) - exp(z - against)` off the id, or `onehot(id) - onehot(other)`.
 
@@ -100,7 +81,6 @@ def objective_cotangents(
         rows: [n] int64 or int32, the rows of logits that are wanted; not checked against R, as
             that would wait for the device.
         objective: "logp", "logp_two_way" or "logodds".
-        config: launch configuration.
 
     Returns:
         [n, V] float32; times RowStatistics.scale they are the gradient.
@@ -128,7 +108,7 @@ def objective_cotangents(
     V = logits.shape[1]
     values = torch.empty(len(rows), V, dtype=torch.float32, device=logits.device)
     if values.numel():
-        _cotangents_kernel[(len(rows), triton.cdiv(V, config.block_v))](
+        _cotangents_kernel[(len(rows), triton.cdiv(V, CONFIG.blocks["BLOCK_V"]))](
             logits,
             rows,
             ids,
@@ -139,8 +119,8 @@ def objective_cotangents(
             against.stride(0),
             V,
             OBJECTIVE=objective,
-            BLOCK_V=config.block_v,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return values
 
@@ -162,7 +142,7 @@ def compile_cases() -> list[CompileCase]:
                 "against_stride": "i32",
                 "V": "i32",
             },
-            constants={"OBJECTIVE": objective, "BLOCK_V": CONFIG.block_v},
+            constants={"OBJECTIVE": objective, **CONFIG.blocks},
             options=CONFIG.options(),
             aligned=False,
         )

@@ -10,9 +10,8 @@ once there; memory bandwidth is the bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -29,31 +28,10 @@ try:
 except ImportError:  # a machine without a GPU need not have it; the launcher then says so
     triton = None
 
-__all__ = ["CONFIG", "ResidualSumsConfig", "compile_cases", "residual_sums"]
+__all__ = ["CONFIG", "compile_cases", "residual_sums"]
 
 
-@dataclass(frozen=True)
-class ResidualSumsConfig:
-    """Launch configuration: one program a stretch and `block_v` columns of the vocabulary."""
-
-    block_v: int
-    block_r: int  # rows that are summed before they are added to what was there
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = ResidualSumsConfig(
-    block_v=512,
-    block_r=64,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: four words a thread are the widest load, and "
-    "one stretch over a vocabulary of 150,000 then makes some 300 programs, two a multiprocessor. "
-    "64 rows and as many sums of them keep every chain of additions of a long sequence short.",
-)
+CONFIG = LAUNCHES["residual_sums"]
 
 if triton is not None:
 
@@ -106,7 +84,6 @@ def residual_sums(
     sums: torch.Tensor,
     *,
     temperature: float,
-    config: ResidualSumsConfig = CONFIG,
 ) -> None:
     """`sums[owner] += (weights[:, None] * (onehot(ids) - p))[start:stop].sum(0)` per stretch.
 
@@ -121,7 +98,6 @@ def residual_sums(
             wait for the device.
         sums: [O, V] float32, added to; columns contiguous.
         temperature: divides the logits.
-        config: launch configuration.
 
     Sums are float32: `block_r` rows, those sums of a stretch, and what was there. No atomics: the
     result is the same at every run.
@@ -157,7 +133,7 @@ def residual_sums(
         raise InputError("temperature is not positive", expected="> 0", got=temperature)
     V = logits.shape[1]
     if len(stretches) and V:
-        _residual_sums_kernel[(triton.cdiv(V, config.block_v), len(stretches))](
+        _residual_sums_kernel[(triton.cdiv(V, CONFIG.blocks["BLOCK_V"]), len(stretches))](
             logits,
             ids,
             weights,
@@ -169,9 +145,8 @@ def residual_sums(
             sums.stride(0),
             V,
             1.0 / temperature,
-            BLOCK_V=config.block_v,
-            BLOCK_R=config.block_r,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
 
 
@@ -194,7 +169,7 @@ def compile_cases() -> list[CompileCase]:
                 "V": "i32",
                 "inverse_temperature": "fp32",
             },
-            constants={"BLOCK_V": CONFIG.block_v, "BLOCK_R": CONFIG.block_r},
+            constants=CONFIG.blocks,
             options=CONFIG.options(),
             aligned=aligned,
         )

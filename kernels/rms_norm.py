@@ -11,9 +11,8 @@ memory bandwidth is the bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from g2r_fast.kernels.configs import WIDEST, row_config
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -31,42 +30,11 @@ except ImportError:  # a machine without a GPU need not have it; rms_norm() then
     triton = None
 
 __all__ = [
-    "WIDEST",
-    "RowConfig",
     "check_dense",
     "check_shapes",
     "compile_cases",
     "rms_norm",
-    "row_config",
 ]
-
-WIDEST = 16384  # columns: a row lies in the registers of one block of threads
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """Launch configuration: ``rows`` whole rows a program, ``block_h`` columns with the padding."""
-
-    rows: int
-    block_h: int
-    num_warps: int
-
-    def options(self) -> dict[str, int | bool]:
-        # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-def row_config(width: int) -> RowConfig:
-    """16 columns a thread, two loads of 16 bytes from half precision, up to 16 warps.
-
-    By arithmetic, not by measurement: more warps would leave fewer than 128 registers a thread.
-    """
-    if not 0 < width <= WIDEST:
-        raise InputError("rows have an unusable width", expected=f"1 to {WIDEST}", got=width)
-    block_h = max(16, 1 << (width - 1).bit_length())
-    rows = max(1, 2048 // block_h)
-    return RowConfig(rows, block_h, min(16, max(4, rows * block_h // 512)))
-
 
 if triton is not None:
 
@@ -175,7 +143,7 @@ def rms_norm(
     check_shapes((len(normed),), rstd=rstd)
     config = row_config(width)
     if rows:
-        _rms_norm_kernel[((rows + config.rows - 1) // config.rows,)](
+        _rms_norm_kernel[(triton.cdiv(rows, config.blocks["ROWS"]),)](
             x,
             out if delta is None else delta,
             weight,
@@ -187,8 +155,7 @@ def rms_norm(
             eps,
             ADD=delta is not None,
             H=width,
-            ROWS=config.rows,
-            BLOCK_H=config.block_h,
+            **config.blocks,
             **config.options(),
         )
 
@@ -213,8 +180,7 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 "ADD": add,
                 "H": width,
-                "ROWS": row_config(width).rows,
-                "BLOCK_H": row_config(width).block_h,
+                **row_config(width).blocks,
             },
             options=row_config(width).options(),
             aligned=aligned,

@@ -12,8 +12,9 @@ bound.
 from __future__ import annotations
 
 import torch
+from g2r_fast.kernels.configs import WIDEST, row_config
 from g2r_fast.kernels.launching import TRITON_DTYPES, CompileCase, check_vector, require_triton
-from g2r_fast.kernels.rms_norm import WIDEST, check_dense, check_shapes, row_config
+from g2r_fast.kernels.rms_norm import check_dense, check_shapes
 
 try:
     import triton
@@ -101,7 +102,7 @@ def rms_norm_backward(
     check_shapes((len(normed),), rstd=rstd)
     config = row_config(width)
     if rows:
-        _rms_norm_backward_kernel[((rows + config.rows - 1) // config.rows,)](
+        _rms_norm_backward_kernel[(triton.cdiv(rows, config.blocks["ROWS"]),)](
             grad,
             weight,
             index,
@@ -112,8 +113,7 @@ def rms_norm_backward(
             rows,
             ROUNDED=rounded is not None,
             H=width,
-            ROWS=config.rows,
-            BLOCK_H=config.block_h,
+            **config.blocks,
             **config.options(),
         )
 
@@ -138,8 +138,7 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 "ROUNDED": rounded,
                 "H": width,
-                "ROWS": row_config(width).rows,
-                "BLOCK_H": row_config(width).block_h,
+                **row_config(width).blocks,
             },
             options=row_config(width).options(),
             aligned=aligned,

@@ -10,9 +10,8 @@ bytes written, 2 FLOPs an element; memory bandwidth is the bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
     CompileCase,
@@ -29,30 +28,12 @@ try:
 except ImportError:  # a machine without a GPU need not have it; row_dot() then says so
     triton = None
 
-__all__ = ["CONFIG", "READOUTS", "RowDotConfig", "compile_cases", "row_dot"]
+__all__ = ["CONFIG", "READOUTS", "compile_cases", "row_dot"]
 
 READOUTS = ("dot", "l1", "l2")
 
 
-@dataclass(frozen=True)
-class RowDotConfig:
-    """Launch configuration: one program a row, ``block_h`` columns a step."""
-
-    block_h: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = RowDotConfig(
-    block_h=1024,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: 128 threads times 16 bytes, the widest load, "
-    "are 1024 half-precision columns a step, and there are far more rows than multiprocessors.",
-)
+CONFIG = LAUNCHES["row_dot"]
 
 if triton is not None:
 
@@ -99,7 +80,6 @@ def row_dot(
     *,
     readout: str = "dot",
     out: torch.Tensor | None = None,
-    config: RowDotConfig = CONFIG,
 ) -> torch.Tensor:
     """``(grad.float() * embed[row_map].float()).sum(-1)``, or the L1 or L2 norm of grad's rows.
 
@@ -112,7 +92,6 @@ def row_dot(
             that calls this does it.
         readout: "dot", "l1" or "l2".
         out: [R] float32, contiguous, to be written into; a new tensor by default.
-        config: launch configuration.
 
     Returns:
         [R] float32, accumulated in float32.
@@ -151,8 +130,8 @@ def row_dot(
             embed.stride(0),
             width,
             READOUT=readout,
-            BLOCK_H=config.block_h,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return out
 
@@ -172,7 +151,7 @@ def compile_cases() -> list[CompileCase]:
                 "embed_stride": "i32",
                 "H": "i32",
             },
-            constants={"READOUT": readout, "BLOCK_H": CONFIG.block_h},
+            constants={"READOUT": readout, **CONFIG.blocks},
             options=CONFIG.options(),
             aligned=aligned,
         )

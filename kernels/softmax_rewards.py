@@ -11,9 +11,9 @@ bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.launching import CompileCase, check_vector, require_triton
 from g2r_fast.kernels.segment_softmax import check_segments, segment_tables
 
@@ -26,27 +26,10 @@ try:
 except ImportError:  # a machine without a GPU need not have it; softmax_rewards() then says so
     triton = None
 
-__all__ = ["CONFIG", "SoftmaxConfig", "compile_cases", "softmax_rewards"]
+__all__ = ["CONFIG", "compile_cases", "softmax_rewards"]
 
 
-@dataclass(frozen=True)
-class SoftmaxConfig:
-    """Launch configuration: one program a judgement, `block_s` tokens a step."""
-
-    block_s: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-CONFIG = SoftmaxConfig(
-    block_s=512,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: most responses take one step or two, and 512 "
-    "float64 are 8 registers a thread.",
-)
+CONFIG = LAUNCHES["softmax_rewards"]
 
 if triton is not None:
 
@@ -80,8 +63,6 @@ def softmax_rewards(
     count: int,
     temperature: float,
     standardise: bool,
-    *,
-    config: SoftmaxConfig = CONFIG,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`alpha_j = softmax(b_j / temperature)`, `rewards[start_j : start_j + T_j] += w_j alpha_j`.
 
@@ -91,7 +72,6 @@ def softmax_rewards(
         count: number of rewards.
         temperature, standardise: with standardise b is divided by its population std first; a
             spread <= 1e-6 * max|b| counts as zeros.
-        config: launch configuration.
 
     Returns:
         alpha [total] and rewards [count], float64; rewards are summed in the order of j.
@@ -121,8 +101,8 @@ def softmax_rewards(
             tables.counters,
             len(lengths),
             STANDARDISE=standardise,
-            BLOCK_S=config.block_s,
-            **config.options(),
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return alpha, rewards
 
@@ -146,7 +126,7 @@ def compile_cases() -> list[CompileCase]:
                 "counters_ptr": "*i32",
                 "J": "i32",
             },
-            constants={"STANDARDISE": standardise, "BLOCK_S": CONFIG.block_s},
+            constants={"STANDARDISE": standardise, **CONFIG.blocks},
             options=CONFIG.options(),
             aligned=aligned,
         )

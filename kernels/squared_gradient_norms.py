@@ -16,9 +16,9 @@ absolute values. Products are the bound.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
+from g2r_fast.kernels.configs import NORMS, NormConfig, norm_config, operand_precision
 from g2r_fast.kernels.lanes import Lanes, add_partials, check_entries, check_offsets, lane_table
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
@@ -38,71 +38,12 @@ except ImportError:  # a machine without a GPU need not have it; the launcher th
     triton = None
 
 __all__ = [
-    "CONFIGS",
     "WAYS",
-    "NormConfig",
     "compile_cases",
-    "norm_config",
     "squared_gradient_norms",
 ]
 
 WAYS = ("gram", "direct")
-_HALF = (torch.bfloat16, torch.float16)
-_FULL = (torch.float32,)
-_REGISTERS = 65536  # of a multiprocessor
-
-
-@dataclass(frozen=True)
-class NormConfig:
-    """One launch: a program makes `tile` x `tile` sums of products, `step` terms at a time."""
-
-    way: str
-    dtypes: tuple[torch.dtype, ...]
-    tile: int
-    step: int
-    num_warps: int
-    num_stages: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        # Fused on purpose: one rounding fewer per element. Triton's default changes with 3.10. All
-        # the registers that so many threads can have: the assembler, left to itself, may spill.
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-            "maxnreg": min(255, _REGISTERS // (32 * self.num_warps)),
-        }
-
-    def products(self, dtype: torch.dtype, interpreted: bool) -> str:
-        """How operands are multiplied: see attention_paths.product."""
-        return "wide" if interpreted else "ieee" if dtype == torch.float32 else "narrow"
-
-
-CONFIGS = (
-    NormConfig(
-        "gram", _HALF, 128, 32, 8, 4,
-        "By arithmetic, not yet by measurement: 64 FLOPs a byte read; two sums of 128 x 128 are "
-        "128 registers of a thread. Steps of 64, whose pointers are twice as many, spill where "
-        "rows are no whole vectors.",
-    ),
-    NormConfig(
-        "gram", _FULL, 64, 16, 8, 2,
-        "By arithmetic, not yet by measurement: exact products keep their operands in registers. "
-        "4 warps, or steps of 32, spill.",
-    ),
-    NormConfig(
-        "direct", _HALF, 128, 64, 8, 3,
-        "By arithmetic, not yet by measurement: 64 FLOPs a byte read; one sum of 128 x 128 is 64 "
-        "registers of a thread, which leaves room for steps of 64.",
-    ),
-    NormConfig(
-        "direct", _FULL, 64, 16, 8, 2,
-        "By arithmetic, not yet by measurement: exact products keep their operands in registers. "
-        "4 warps, or steps of 32, spill.",
-    ),
-)  # fmt: skip
-
 if triton is not None:
 
     @triton.jit
@@ -228,11 +169,6 @@ if triton is not None:
         tl.store(partials_ptr + tl.load(lane_ptr + 3) + index, part)
 
 
-def norm_config(way: str, dtype: torch.dtype) -> NormConfig:
-    """The shipped configuration of a way for inputs and gradients of a dtype."""
-    return next(c for c in CONFIGS if c.way == way and dtype in c.dtypes)
-
-
 def squared_gradient_norms(
     inputs: torch.Tensor,
     grads: torch.Tensor,
@@ -257,7 +193,7 @@ def squared_gradient_norms(
         offsets: lanes + 1 ascending numbers on the host, within [0, m]: where each lane's entries
             begin, and where those of the last end.
         way: "gram" or "direct" for every lane; None: whichever takes fewer FLOPs, lane by lane.
-        configs: launch configurations of gram and of direct; by default those of CONFIGS.
+        configs: launch configurations of gram and of direct; by default those of NORMS.
 
     Returns:
         [lanes] float64, 0 for a lane without entries, never below 0. Products and what one program
@@ -306,7 +242,7 @@ def squared_gradient_norms(
                 lanes.most,
                 TILE=config.tile,
                 STEP=config.step,
-                PRODUCTS=config.products(inputs.dtype, is_interpreted()),
+                PRODUCTS=operand_precision(inputs.dtype, is_interpreted()),
                 **config.options(),
             )
         first += lanes.rows
@@ -353,7 +289,7 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 "TILE": config.tile,
                 "STEP": config.step,
-                "PRODUCTS": config.products(dtype, False),
+                "PRODUCTS": operand_precision(dtype, False),
             },
             options=config.options(),
             aligned=aligned,
@@ -363,7 +299,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _shipped() -> Iterator[tuple[NormConfig, torch.dtype, bool]]:
-    for config in CONFIGS:
+    for config in NORMS:
         for dtype in config.dtypes:
             for aligned in (True, False):
                 yield config, dtype, aligned

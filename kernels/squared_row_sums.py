@@ -10,9 +10,9 @@ once; memory bandwidth is the bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from g2r_fast.kernels.configs import LAUNCHES
 from g2r_fast.kernels.lanes import add_partials, check_entries, check_offsets, lane_table
 from g2r_fast.kernels.launching import (
     TRITON_DTYPES,
@@ -29,34 +29,10 @@ try:
 except ImportError:  # a machine without a GPU need not have it; squared_row_sums() then says so
     triton = None
 
-__all__ = ["CONFIG", "RowSumConfig", "compile_cases", "squared_row_sums"]
+__all__ = ["CONFIG", "compile_cases", "squared_row_sums"]
 
 
-@dataclass(frozen=True)
-class RowSumConfig:
-    """Launch configuration: `columns` a program, `rows` of them a step."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    reason: str
-
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-    def products(self) -> str:
-        """How elements become float32: see attention_paths.widened."""
-        return "wide" if is_interpreted() else "narrow"
-
-
-CONFIG = RowSumConfig(
-    rows=32,
-    columns=64,
-    num_warps=4,
-    reason="By arithmetic, not yet by measurement: few columns, so that the lanes of a batch and "
-    "the columns of a hidden state are programs enough; 64 half-precision ones are a line of "
-    "memory, and 32 rows of them two loads of 16 bytes a thread.",
-)
+CONFIG = LAUNCHES["squared_row_sums"]
 
 if triton is not None:
 
@@ -101,8 +77,6 @@ def squared_row_sums(
     x: torch.Tensor,
     rows: torch.Tensor,
     offsets: Sequence[int] | torch.Tensor,
-    *,
-    config: RowSumConfig = CONFIG,
 ) -> torch.Tensor:
     """``out[j] = x[rows[offsets[j] : offsets[j + 1]]].float().sum(0).square().sum()``.
 
@@ -112,7 +86,6 @@ def squared_row_sums(
             not checked here, as that would wait for the device.
         offsets: lanes + 1 ascending numbers on the host, within [0, m]: where each lane's entries
             begin, and where those of the last end.
-        config: launch configuration.
 
     Returns:
         [lanes] float64, 0 for a lane without entries. Rows and the squares of 64 columns are added
@@ -127,7 +100,7 @@ def squared_row_sums(
     check_entries("rows", rows, x)
     bounds = check_offsets(offsets, len(rows))
     width = x.shape[1]
-    blocks = -(-width // config.columns)
+    blocks = -(-width // CONFIG.blocks["COLUMNS"])
     counts = bounds.diff()
     parts = torch.where(counts > 0, blocks, 0)
     table, _, total = lane_table(bounds, [torch.arange(len(counts))], parts)
@@ -141,10 +114,9 @@ def squared_row_sums(
             partials,
             x.stride(0),
             width,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            PRODUCTS=config.products(),
-            **config.options(),
+            PRODUCTS="wide" if is_interpreted() else "narrow",  # see attention_paths.widened
+            **CONFIG.blocks,
+            **CONFIG.options(),
         )
     return add_partials(partials, table)
 
@@ -163,7 +135,7 @@ def compile_cases() -> list[CompileCase]:
                 "stride": "i32",
                 "W": "i32",
             },
-            constants={"ROWS": CONFIG.rows, "COLUMNS": CONFIG.columns, "PRODUCTS": "narrow"},
+            constants={**CONFIG.blocks, "PRODUCTS": "narrow"},
             options=CONFIG.options(),
             aligned=aligned,
         )

@@ -9,9 +9,9 @@ frame, waits for products that were to run beside it, or takes more shared memor
 have (the compilers themselves compile such a kernel without a word), and on a kernel file that
 lists no cases.
 
-Triton kernels are compiled for sm_80 and sm_90 in every case that is shipped. For what is newer one
-case of each kernel and configuration is: bfloat16 where it takes that, no window and no cap where
-it can do without. All of them would take twice as long; --all compiles them.
+Triton kernels are compiled for sm_80 and sm_90 in every case that is launched there. For what is
+newer one case of each kernel and configuration is: bfloat16 where it takes that, no window and no
+cap where it can do without. All of them would take twice as long; --all compiles them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
 
 from g2r_fast.kernels import row_dot as module
+from g2r_fast.kernels.configs import ATTENTION, LAUNCHES, NORMS, heads_config, row_config
 from g2r_fast.kernels.row_dot import CONFIG, READOUTS, row_dot
 
 from g2r_fast.errors import InputError, InputTypeError
@@ -28,8 +30,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNIT = 2.0**-24  # float32, round to nearest
 
+BLOCK_H = CONFIG.blocks["BLOCK_H"]
 # One column; one short of a step; exactly one; a step and a column; three steps and a bit.
-WIDTHS = [1, CONFIG.block_h - 1, CONFIG.block_h, CONFIG.block_h + 1, 3 * CONFIG.block_h + 17]
+WIDTHS = [1, BLOCK_H - 1, BLOCK_H, BLOCK_H + 1, 3 * BLOCK_H + 17]
 
 
 def poisoned(values, extra):
@@ -74,8 +77,8 @@ def longest_chain(width):
     The product, one addition per step, then the sum across the slots: a tree on the device; under
     the interpreter NumPy's pairwise sum, eight running sums over at most 128 terms at its leaves.
     """
-    steps = math.ceil(width / CONFIG.block_h)
-    return 2 + steps + 16 + math.ceil(math.log2(CONFIG.block_h))
+    steps = math.ceil(width / BLOCK_H)
+    return 2 + steps + 16 + math.ceil(math.log2(BLOCK_H))
 
 
 def equal_bits(implementation, dtype, readout, width):
@@ -163,7 +166,7 @@ PLANTED = [
     [(r, bug) for r in READOUTS for bug in PLANTED if r == "dot" or bug is not row_map_ignored],
 )
 def test_every_rule_catches_every_planted_bug(rule, readout, bug):
-    width = CONFIG.block_h + 1
+    width = BLOCK_H + 1
     assert rule(row_dot, torch.bfloat16, readout, width)
     assert not rule(bug, torch.bfloat16, readout, width)
 
@@ -265,7 +268,20 @@ def test_without_triton_the_module_imports_and_says_so_on_use():
 def test_every_kernel_file_lists_what_it_ships():
     names = [case.name for case in module.compile_cases()]
     assert len(names) == len(set(names)) == len(READOUTS) * len(DTYPES) * 2
-    assert CONFIG.reason
+
+
+def test_every_launch_stands_in_the_table_with_its_reason():
+    used = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "configs.py" or not re.search(
+            r"(num_warps|num_stages|maxnreg)\W+\d", text
+        )
+        used |= set(re.findall(r'LAUNCHES\["(\w+)"\]', text))
+    assert used == set(LAUNCHES)
+    computed = (row_config(64), heads_config(2, 32, False))
+    for config in (*LAUNCHES.values(), *NORMS, *ATTENTION, *computed):
+        assert re.match(r"(By arithmetic, not|Measured on)", config.reason), config
 
 
 FAULTY_KERNELS = """

@@ -25,8 +25,9 @@ from g2r_fast.errors import InputError, InputTypeError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNIT, WIDE = 2.0**-24, 2.0**-53
+BLOCK_T = CONFIG.blocks["BLOCK_T"]
 # Empty, one token, one step less one and more one, several steps; two groups of four.
-LENGTHS = [5, 0, 1, CONFIG.block_t + 1, 3, CONFIG.block_t - 1, 2 * CONFIG.block_t + 9, 2]
+LENGTHS = [5, 0, 1, BLOCK_T + 1, 3, BLOCK_T - 1, 2 * BLOCK_T + 9, 2]
 
 
 def inputs(kind="random", lengths=LENGTHS, seed=0):
@@ -98,7 +99,7 @@ def test_advantages_are_their_definition(estimator, divide, masked):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_integers_give_equal_bits(estimator):
     """A power of two of tokens and of scores: means are exact, and so is everything else."""
-    lengths = [0, 1, CONFIG.block_t + 3, CONFIG.block_t - 4, 512, 256, 255, 1]
+    lengths = [0, 1, BLOCK_T + 3, BLOCK_T - 4, 512, 256, 255, 1]
     rewards, scores, shares, _ = inputs("integers", lengths)
     expected = expected_of(rewards, lengths, 4, estimator, False, scores, shares, None)
     got, _, _ = advantages(
@@ -303,4 +304,3 @@ def test_no_rows_and_no_tokens(estimator, monkeypatch):
 def test_every_case_is_listed_once():
     names = [case.name for case in module.compile_cases()]
     assert len(names) == len(set(names)) == 5 * 4
-    assert CONFIG.reason

@@ -26,8 +26,9 @@ from g2r_fast.errors import InputError, InputTypeError
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNIT = 2.0**-24
+BLOCK_V = CONFIG.blocks["BLOCK_V"]
 # One word; two; one short of a step; a step and a word; three steps and a bit.
-SIZES = [1, 2, CONFIG.block_v - 1, CONFIG.block_v + 1, 3 * CONFIG.block_v + 17]
+SIZES = [1, 2, BLOCK_V - 1, BLOCK_V + 1, 3 * BLOCK_V + 17]
 
 
 def inputs(kind, V, dtype):
@@ -79,7 +80,7 @@ def truth(logits, ids, other, temperature=1.0):
 
 def chain(V):
     """Roundings of a word's exponential, on its way through the sums, and of its exponent."""
-    return 8 + math.ceil(V / CONFIG.block_v) + math.ceil(math.log2(CONFIG.block_v))
+    return 8 + math.ceil(V / BLOCK_V) + math.ceil(math.log2(BLOCK_V))
 
 
 def within_bound(run, V, dtype, temperature=1.0):
@@ -191,7 +192,7 @@ def one_minus_p(logits, ids, other, **options):
     ],
 )  # fmt: skip
 def test_planted_bugs_are_caught(planted):
-    V = 3 * CONFIG.block_v + 17
+    V = 3 * BLOCK_V + 17
     assert not within_bound(planted, V, torch.float32)
     if planted is not one_minus_p:
         assert not equal_bits(planted, V, torch.float32)
@@ -229,9 +230,9 @@ def test_rows_are_chosen_and_ids_may_be_32_bit():
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("at", [0, 3, CONFIG.block_v])
+@pytest.mark.parametrize("at", [0, 3, BLOCK_V])
 def test_rows_that_are_not_finite_are_told(odd, at):
-    logits = torch.zeros(3, CONFIG.block_v + 1, device=DEVICE)
+    logits = torch.zeros(3, BLOCK_V + 1, device=DEVICE)
     logits[1, at] = odd
     ids = torch.tensor([3, 3, 3], device=DEVICE)
     got = log_probabilities(logits, ids, ids - 3, entropy=True)
@@ -327,7 +328,7 @@ def against_all_words(logits, ids, against, rows, other, **options):
 def test_planted_cotangents_are_caught(planted, objective):
     if planted is against_all_words and objective == "logodds":
         objective = "logp"  # the other objectives do not read it
-    V = CONFIG.block_v + 1
+    V = BLOCK_V + 1
     assert cotangents_are_right(objective_cotangents, objective, V, torch.float32)
     assert not cotangents_are_right(planted, objective, V, torch.float32)
 
@@ -336,7 +337,7 @@ def test_planted_cotangents_are_caught(planted, objective):
 
 
 def test_every_output_is_written(monkeypatch):
-    logits, ids, other = inputs("random", CONFIG.block_v + 1, torch.float32)
+    logits, ids, other = inputs("random", BLOCK_V + 1, torch.float32)
     rows = torch.arange(7, device=DEVICE)
     expected = log_probabilities(logits, ids, other, entropy=True, objective="logp")
     values = objective_cotangents(logits, ids, expected.against, rows)
@@ -396,4 +397,3 @@ def test_every_case_is_listed_once():
     for part, count in ((module, 9 * 3), (cotangents_module, 3 + 1 + 1)):
         names = [case.name for case in part.compile_cases()]
         assert len(names) == len(set(names)) == count
-        assert part.CONFIG.reason

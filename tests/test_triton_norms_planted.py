@@ -16,8 +16,16 @@ from g2r_fast.kernels import lanes as lanes_module
 from g2r_fast.kernels import squared_gradient_norms as norms_module
 from g2r_fast.kernels import squared_row_sums as sums_module
 from g2r_fast.kernels.squared_gradient_norms import WAYS, squared_gradient_norms
-from g2r_fast.kernels.squared_row_sums import CONFIG
-from triton_norm_cases import COUNTS, RULES, SMALL, SUMMED, gradients_of, poison, row_sums_of
+from triton_norm_cases import (
+    COUNTS,
+    RULES,
+    SMALL,
+    STEP_COLUMNS,
+    SUMMED,
+    gradients_of,
+    poison,
+    row_sums_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +114,7 @@ def test_every_rule_catches_every_bug_of_gradient_norms(rule, way, bug, tmp_path
 @pytest.mark.parametrize("bug", ROW_SUM_BUGS, ids=lambda bug: bug.name)
 def test_every_rule_catches_every_bug_of_row_sums(rule, bug, tmp_path):
     wrong = planted(sums_module, bug, tmp_path).squared_row_sums
-    assert not rule(row_sums_of(wrong), torch.float32, 1, CONFIG.columns + 1, SUMMED)
+    assert not rule(row_sums_of(wrong), torch.float32, 1, STEP_COLUMNS + 1, SUMMED)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -19,7 +19,8 @@ from g2r_fast.kernels.residual_sums import CONFIG, residual_sums
 from g2r_fast.errors import InputError, InputTypeError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTHS, OWNERS, V = (3, CONFIG.block_r + 2, 0, 1), (2, 0, 3, 1), CONFIG.block_v + 19
+BLOCK_R, BLOCK_V = CONFIG.blocks["BLOCK_R"], CONFIG.blocks["BLOCK_V"]
+LENGTHS, OWNERS, V = (3, BLOCK_R + 2, 0, 1), (2, 0, 3, 1), BLOCK_V + 19
 
 
 def arguments(dtype: torch.dtype, columns: int = V) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def expected(a: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, CONFIG.block_v - 1, CONFIG.block_v, V])
+@pytest.mark.parametrize("columns", [1, BLOCK_V - 1, BLOCK_V, V])
 def test_strides_and_dtypes(dtype: torch.dtype, columns: int) -> None:
     a = arguments(dtype, columns)
     wanted, untouched = expected(a), a["sums"][4].clone()
@@ -110,4 +111,3 @@ def test_what_cannot_be_used_is_refused(
 def test_every_case_is_listed_once() -> None:
     names = [case.name for case in module.compile_cases()]
     assert len(names) == len(set(names)) == 3 * 2
-    assert CONFIG.reason

@@ -23,12 +23,13 @@ from g2r_fast.kernels import heads as heads_module
 from g2r_fast.kernels import heads_backward as heads_backward_module
 from g2r_fast.kernels import rms_norm as rms_norm_module
 from g2r_fast.kernels import rms_norm_backward as rms_norm_backward_module
+from g2r_fast.kernels.configs import WIDEST, row_config
 from g2r_fast.kernels.gated import gated
 from g2r_fast.kernels.gated_backward import gated_backward
 from g2r_fast.kernels.head_norm_products import head_norm_products
 from g2r_fast.kernels.heads import heads
 from g2r_fast.kernels.heads_backward import heads_backward
-from g2r_fast.kernels.rms_norm import WIDEST, rms_norm
+from g2r_fast.kernels.rms_norm import rms_norm
 from g2r_fast.kernels.rms_norm_backward import rms_norm_backward
 from triton_row_cases import (
     CASES,
@@ -246,7 +247,7 @@ W, RSTD, INDEX = X[0], torch.ones(2, device=DEVICE), index_of([0, 1])
         (lambda: rms_norm(X, W, INDEX, X, X, RSTD[:1], eps=0.0), InputError, "rstd has another"),
         (lambda: rms_norm_backward(X.T, W, INDEX, X, RSTD, X), InputError, "grad has an unusable"),
         (lambda: rms_norm_backward(X, W, INDEX, X, RSTD, X, X[:1]), InputError, "rounded has an"),
-        (lambda: rms_norm_module.row_config(WIDEST + 1), InputError, "unusable width"),
+        (lambda: row_config(WIDEST + 1), InputError, "unusable width"),
         (lambda: gated(X, X, INDEX, X, X, X, activation="relu"), InputError, "unknown activation"),
         (lambda: gated(X, X[:1], INDEX, X, X, X), InputError, "up has another shape"),
         (lambda: gated(X, X, INDEX, X, X, X, X[:1]), InputError, "kept_out has another shape"),

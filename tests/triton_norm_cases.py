@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from g2r_fast.kernels.squared_gradient_norms import WAYS, NormConfig, norm_config
+from g2r_fast.kernels.configs import NormConfig, norm_config
+from g2r_fast.kernels.squared_gradient_norms import WAYS
 from g2r_fast.kernels.squared_row_sums import CONFIG
 from torch import Tensor
 
@@ -28,6 +29,8 @@ NAN = float("nan")
 # Small tiles, so that a lane of few entries has many: the kernels are those of the shipped ones.
 SMALL = tuple(replace(norm_config(way, torch.float32), tile=16, step=16) for way in WAYS)
 TILE = 16
+# Of the sums of rows, as they are shipped.
+STEP_ROWS, STEP_COLUMNS = CONFIG.blocks["ROWS"], CONFIG.blocks["COLUMNS"]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +140,7 @@ def gradients_of(
 def row_sums_of(function: Callable[..., Tensor]) -> Judged:
     def judged(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         found = function(batch.grads, batch.rows, batch.offsets)
-        chain = longest_chain(max(map(len, batch.entries())), CONFIG.rows, CONFIG.columns)
+        chain = longest_chain(max(map(len, batch.entries())), STEP_ROWS, STEP_COLUMNS)
         return found, row_sum_truth(batch), row_sum_sizes(batch), chain
 
     return judged
@@ -158,4 +161,4 @@ def within_bound(judged: Judged, *arguments: Any) -> bool:
 
 RULES = [equal_bits, within_bound]
 COUNTS = [0, 1, TILE - 1, TILE, TILE + 1, 0, 3 * TILE + 2, 2 * TILE, 5]
-SUMMED = [0, 1, CONFIG.rows - 1, CONFIG.rows, CONFIG.rows + 1, 0, 3 * CONFIG.rows + 2]
+SUMMED = [0, 1, STEP_ROWS - 1, STEP_ROWS, STEP_ROWS + 1, 0, 3 * STEP_ROWS + 2]
